@@ -206,6 +206,13 @@ def write_rejected(path: Path, rejected: Iterable[Rejected]) -> None:
     os.replace(partial, path)
 
 
+def read_rejected(path: Path) -> list[Rejected]:
+    """What `write_rejected` wrote; nothing where there is no file."""
+    if not path.is_file():
+        return []
+    return [Rejected(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 class _Parser:
     """Turns rows into records; remembers the ids seen."""
 
