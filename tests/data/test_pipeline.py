@@ -154,7 +154,7 @@ def test_a_window_scores_every_pair_once_whatever_the_batch_size(records, parts,
 def test_errors_stay_with_their_pairs(records, parts, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
-    stream = packer(parts, max_length=60)
+    stream = packer(parts, max_length=80)
     pairs = [Pair(records[0].images, "a ball"), Pair((broken,), "a ball"), Pair(records[0].images, "  ")]
     pairs += [Pair(records[0].images, "word " * 100), Pair((tmp_path / "absent.png",), "a")]
     window = stream.window(pairs)
@@ -168,11 +168,11 @@ def test_errors_stay_with_their_pairs(records, parts, tmp_path):
 
 
 def test_truncation_is_asked_for_and_told(records, parts):
-    stream = packer(parts, max_length=60, truncate=True)
+    stream = packer(parts, max_length=80, truncate=True)
     window = stream.window([Pair(records[0].images, "word " * 100), Pair(records[0].images, "near")])
     assert window.errors == [None, None]
     assert window.truncated == [True, False]
-    assert window.n_tokens[0] == 60
+    assert window.n_tokens[0] == 80
 
 
 def test_a_window_without_usable_pairs_has_no_batches(parts):
