@@ -166,7 +166,7 @@ def iter_records(
     Raises:
       RecordsError: at once for a missing file or wrong header; while reading for damaged Parquet.
     """
-    if require is not None and require != "score" and not require.removeprefix("ratings."):
+    if require is not None and require != "score" and not (require.startswith("ratings.") and require[8:]):
         raise RecordsError(f"require={require!r}: expected 'score' or 'ratings.NAME'")
     file = find_records_file(path)
     rows = read_rows(file, _check_column)
