@@ -8,17 +8,17 @@ and what it says about itself is checked when it is read.
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as tensors_to_bytes
 
+from multitap_jax.data.processing import Contract
 from multitap_jax.reward import RewardHead, RewardModel
 from multitap_jax.scoring.files import file_hash, json_bytes, new_folder, tensor_hash, write_atomic
 from multitap_jax.scoring.manifest import (
@@ -26,7 +26,6 @@ from multitap_jax.scoring.manifest import (
     MANIFEST,
     ArtefactError,
     BackboneSource,
-    Contract,
     Hashes,
     Manifest,
     Objective,
@@ -229,3 +228,94 @@ class Artefact:
         write_atomic(self.folder / MANIFEST, json_bytes(manifest.to_json()))
         waiting.replace(self.folder / HEADS)
         return Artefact(self.folder, manifest)
+
+
+def hidden_size(config: Mapping[str, Any]) -> int:
+    """H of a Hugging Face config, whose text part may stand in a section of its own."""
+    return int({**config, **config.get("text_config", {})}["hidden_size"])
+
+
+def companion_files(folder: Path) -> list[Path]:
+    """Tokenizer, processor and generation files of a model folder, sorted by name."""
+    return sorted({path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()})
+
+
+def _check_is_artefact(folder: Path) -> None:
+    if (folder / MANIFEST).is_file():
+        return
+    if not folder.is_dir():
+        raise ArtefactError(f"{folder}: no such folder; give the folder of a saved model")
+    if not (folder / CONFIG).is_file():
+        raise ArtefactError(
+            f"{folder}: neither {MANIFEST} nor {CONFIG} is here, so this is no saved model; give the folder that "
+            "training or an export wrote"
+        )
+    if any(name.startswith(("backbone_model.", "reward_head.")) for name in model_tensors(folder)):
+        raise ArtefactError(
+            f"{folder}: weights in the official layout, without {MANIFEST}; turn them into an artefact first: "
+            "multitap_jax.scoring.import_official(folder, out)"
+        )
+    raise ArtefactError(
+        f"{folder}: a backbone without a reward head ({MANIFEST} is not here), so it cannot score. Train one: "
+        f"multitap train --config=configs/official_qwen2_vl_2b.py --config.model.checkpoint={folder}"
+    )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ArtefactError(f"{path}: not here; give the folder of a Hugging Face model") from None
+    except ValueError as error:
+        raise ArtefactError(f"{path}: not valid JSON ({error}); restore the file") from error
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise ArtefactError(f"{path}: model_type is missing; restore the file")
+    return config
+
+
+def _head_arrays(head: RewardHead, ridge: RidgeHead | None) -> dict[str, np.ndarray]:
+    arrays = {
+        "reward_head.weight": np.asarray(head.weight[...], np.float32)[None, :],
+        "reward_head.bias": np.asarray(head.bias[...], np.float32)[None],
+    }
+    if ridge is not None:
+        arrays |= {name: np.ascontiguousarray(array) for name, array in ridge.to_arrays().items()}
+    unusable = [name for name, array in arrays.items() if not np.isfinite(array).all()]
+    if unusable:
+        raise ArtefactError(f"NaN or infinity in {', '.join(unusable)}: not saved; look at the end of the training log")
+    return arrays
+
+
+def _checked_objectives(ridge: RidgeHead | None, objectives: Sequence[Objective]) -> tuple[Objective, ...]:
+    """The objectives, with the penalties the head chose."""
+    targets = 0 if ridge is None else len(ridge.coef_)
+    if targets != len(objectives):
+        raise ArtefactError(f"{targets} ridge heads, but {len(objectives)} objectives describe them; give one for each")
+    check_objectives(objectives)
+    return tuple(objectives)
+
+
+def _hash(paths: Iterable[Path]) -> str:
+    try:
+        return tensor_hash(paths)
+    except (OSError, ValueError) as error:
+        raise ArtefactError(str(error)) from error
+
+
+def _waiting(folder: Path) -> Path:
+    return folder / f".{HEADS}.new"
+
+
+def _heads_file(folder: Path, stated: str) -> Path:
+    """The heads the manifest speaks of: in their place, or waiting for it after a crash (see `add_ridge`)."""
+    present = [path for path in (folder / HEADS, _waiting(folder)) if path.is_file()]
+    if not present:
+        raise ArtefactError(f"{folder / HEADS}: not here; restore it from the original artefact, there is no random head")
+    for path in present:
+        if _hash([path]) == stated:
+            return path
+    raise ArtefactError(
+        f"{folder / HEADS}: was edited or damaged (its sha256 is not that of {MANIFEST}); restore it from the original "
+        "artefact, or train and save the heads again"
+    )

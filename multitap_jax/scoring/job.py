@@ -16,7 +16,8 @@ from typing import Any, Protocol, TextIO
 
 import numpy as np
 
-from multitap_jax.data.records import Record, Rejected, iter_records, records_file
+from multitap_jax.data.records import Record, Rejected, iter_records
+from multitap_jax.data.tables import find_records_file
 from multitap_jax.scoring.journal import JobError, Journal, input_fingerprint
 from multitap_jax.scoring.progress import progress_bar
 
@@ -39,7 +40,11 @@ class SupportsScore(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Changes whenever a score could."""
+        """sha256 of the model; changes whenever a score could."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """JSON of what else decides a score or an error: computation type, longest pair."""
 
     def score(
         self, *, images: Sequence[Any], texts: Sequence[str], requests: Sequence[str | None], truncate: bool
@@ -134,13 +139,13 @@ def score_file(
     if window < 1:
         raise ValueError(f"window = {window}: at least 1 record")
     began = time.monotonic()
-    source, output = records_file(input), Path(output)
+    source, output = find_records_file(input), Path(output)
     if source.resolve() == output.resolve():
         raise JobError(f"{output}: is the input; choose another output")
     identity = {
         "input": input_fingerprint(source),
         "model": scorer.fingerprint,
-        "settings": {"truncate": truncate, "allow_outside_root": allow_outside_root},
+        "settings": {**scorer.settings, "truncate": truncate, "allow_outside_root": allow_outside_root},
     }
     rejected_file = output.with_name(output.name + ".rejected.jsonl")
     with Journal(output, identity) as journal:
@@ -151,7 +156,7 @@ def score_file(
             with journal.disk_errors():
                 rejects = rejected_file.open("w", encoding="utf-8")
             with rejects:
-                _record(tally, journal.replay(item.id for item in items), rejects, journal)
+                _record(tally, journal.replay(items), rejects, journal)
                 resumed = tally.lines
                 total = _count_lines(source) if show_progress else None
                 with progress_bar(total, resumed, enabled=show_progress) as advance:
@@ -159,7 +164,7 @@ def score_file(
                         _judge(tally, max_rejected, rejected_file, final=False)
                         lines = _score_window(scorer, batch, truncate)
                         journal.append(lines)
-                        _record(tally, lines, rejects, journal)
+                        _record(tally, zip(batch, lines, strict=True), rejects, journal)
                         advance(len(lines))
             journal.finish(dataclasses.asdict(tally))
     _judge(tally, max_rejected, rejected_file, final=True)
@@ -213,7 +218,7 @@ def _rejected_line(item: Rejected) -> dict[str, Any]:
         "scores": {},
         "n_tokens": None,
         "truncated": False,
-        "error": f"line {item.line}: {item.reason}",
+        "error": item.reason if item.id is not None else f"line {item.line}: {item.reason}",
     }
 
 
@@ -222,13 +227,18 @@ def _number(value: np.floating) -> float:
     return float(str(np.float32(value)))
 
 
-def _record(tally: _Tally, lines: Iterable[dict[str, Any]], rejects: TextIO, journal: Journal) -> None:
-    for line in lines:
+def _record(
+    tally: _Tally,
+    done: Iterable[tuple[Record | Rejected, dict[str, Any]]],
+    rejects: TextIO,
+    journal: Journal,
+) -> None:
+    for item, line in done:
         tally.add(line)
         if line["error"] is not None:
-            entry = {"line": tally.lines, "id": line["id"], "reason": line["error"]}
+            entry = {"line": item.line, "id": line["id"], "reason": line["error"]}
             with journal.disk_errors():
-                rejects.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                rejects.write(json.dumps(entry) + "\n")
     with journal.disk_errors():
         rejects.flush()
 

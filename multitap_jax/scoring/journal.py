@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from multitap_jax.scoring.files import json_bytes, sync_folder, write_atomic
 
@@ -15,6 +15,14 @@ try:
 except ImportError:  # only POSIX has file locks; elsewhere two jobs on one file are the user's to avoid
     fcntl = None  # type: ignore[assignment]
 
+class HasId(Protocol):
+    """An item of the input."""
+
+    @property
+    def id(self) -> str | None: ...
+
+
+Item = TypeVar("Item", bound=HasId)
 FORMAT_VERSION = 1
 SAMPLE = 1 << 20
 
@@ -74,11 +82,11 @@ class Journal:
             return None
         return complete["tally"]
 
-    def replay(self, identifiers: Iterator[str | None]) -> Iterator[dict[str, Any]]:
-        """Yields the whole lines and cuts off what follows them, so that the next line to append is the next to score.
+    def replay(self, items: Iterator[Item]) -> Iterator[tuple[Item, dict[str, Any]]]:
+        """Yields the whole lines, each with its item of the input, and cuts off what follows them, so that the next line to append is the next to score.
 
         Args:
-          identifiers: the ids of the input, in order; as many are taken as there are whole lines.
+          items: the input, in order; as many are taken as there are whole lines.
 
         Raises:
           JobError: for a line whose id is not the input's at that place.
@@ -88,16 +96,16 @@ class Journal:
                 line = _parse(raw)
                 if line is None:
                     break
-                expected = next(identifiers, _MISSING)
-                if expected is _MISSING or line["id"] != expected:
-                    what = "has no more records" if expected is _MISSING else f"has id {expected!r} there"
+                item = next(items, None)
+                if item is None or line["id"] != item.id:
+                    what = "has no more records" if item is None else f"has id {item.id!r} there"
                     raise JobError(
                         f"{self.path} line {self._lines + 1}: id {line['id']!r}, but the input {what}; one "
                         f"of the two was changed after the job began. Restore it, or remove {self.path} to start again"
                     )
                 self._lines += 1
                 self._end += len(raw)
-                yield line
+                yield item, line
         os.ftruncate(self._file, self._end)
 
     def append(self, lines: Sequence[dict[str, Any]]) -> None:
@@ -106,7 +114,8 @@ class Journal:
         Raises:
           JobError: the disk refuses; the file holds the lines of earlier calls and nothing else.
         """
-        data = b"".join(json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n" for line in lines)
+        text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
+        data = text.encode("utf-8", "backslashreplace")  # half a surrogate pair becomes its JSON escape
         with self.disk_errors():
             try:
                 os.lseek(self._file, self._end, os.SEEK_SET)
@@ -182,9 +191,6 @@ class Journal:
                     f"{json.dumps(value)}; give the same {name} as before, or choose another output"
                 )
         return state
-
-
-_MISSING = object()
 
 
 def _parse(raw: bytes) -> dict[str, Any] | None:

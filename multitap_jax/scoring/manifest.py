@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from multitap_jax.config import ConfigError, from_config_dict
+from multitap_jax.data.processing import Contract
 from multitap_jax.scoring.files import canonical_hash
 
 FORMAT_VERSION = 1
@@ -16,23 +17,6 @@ HEADS = "heads.safetensors"
 
 class ArtefactError(ValueError):
     """A folder that cannot be used as an artefact; the message names the file and the remedy."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Contract:
-    """What turns a pair into tokens, positions and pixels; with another contract the same weights give other scores.
-
-    Attributes:
-      prompt: prompt variant (`data/prompts.py`).
-      position_mode: "flat" or "mrope" (`data/packing.py`).
-      image_policy: "square:N" or "native:MIN:MAX" (`data/images.py`).
-      pooling: which token's hidden state is judged; only "last" (paper section 3.1) exists.
-    """
-
-    prompt: str
-    position_mode: str
-    image_policy: str
-    pooling: str = "last"
 
 
 @dataclasses.dataclass(frozen=True)
