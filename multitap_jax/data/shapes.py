@@ -6,12 +6,14 @@ share of attention, whose cost grows with the row: tokens * (1 + length / (6 * h
 """
 
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 
 from multitap_jax.data.packing import Shape
 from multitap_jax.data.placement import Group, need, place
 
 ROW_LENGTHS = tuple(2**i for i in range(6, 18))
 WASTE = 1.25
+LIMIT = 12  # shapes of one row length after which waste no longer counts
 SAMPLE = 128  # groups that suffice to choose a row length
 
 
@@ -63,6 +65,9 @@ def choose_row_length(groups: Sequence[Group], hidden: int, limit: int) -> int:
 class ShapeBook:
     """Remembers the shapes in use and hands out the cheapest that fits, adding one only where it saves a quarter.
 
+    Their number is bounded: from `LIMIT` shapes of a row length on, one is added only where none fits, and then with
+    its rows and vision rows rounded up to powers of two.
+
     Args:
       hidden: hidden size of the decoder, for the cost of a row.
       cells: rows and vision rows are multiples of this.
@@ -97,7 +102,14 @@ class ShapeBook:
             and (s.patches == wanted.patches or not wanted.vision_rows)
         ]
         best = min(fitting, key=self._cost, default=None)
-        if best is not None and self._cost(best) <= WASTE * self._cost(wanted):
+        crowded = sum(s.tokens == wanted.tokens for s in self.shapes) >= LIMIT
+        if best is not None and (crowded or self._cost(best) <= WASTE * self._cost(wanted)):
             return best
+        if crowded:
+            wanted = replace(wanted, rows=_power_of_two(wanted.rows), vision_rows=_power_of_two(wanted.vision_rows))
         self.shapes.append(wanted)
         return wanted
+
+
+def _power_of_two(value: int) -> int:
+    return 1 << (value - 1).bit_length() if value else 0
