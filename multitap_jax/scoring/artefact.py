@@ -7,6 +7,7 @@ and what it says about itself is checked when it is read.
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,12 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors import safe_open
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as tensors_to_bytes
 
 from multitap_jax.data.processing import Contract
 from multitap_jax.reward import RewardHead, RewardModel
-from multitap_jax.scoring.files import file_hash, json_bytes, new_folder, tensor_hash, write_atomic
+from multitap_jax.scoring.files import file_hash, json_bytes, new_folder, tensor_hash, tensor_names, write_atomic
 from multitap_jax.scoring.manifest import (
     HEADS,
     MANIFEST,
@@ -37,6 +39,7 @@ from multitap_jax.stage2.head import RidgeHead
 from multitap_jax.weights.hub import load_backbone, save_backbone
 
 CONFIG = "config.json"
+OUTPUT_EMBEDDING = re.compile(r"(language_model\.)?lm_head\.weight|output\.weight")
 # What a tokenizer or an image processor is made of; never code.
 COMPANIONS = (
     "tokenizer*.json",
@@ -72,6 +75,11 @@ class Artefact:
     def fingerprint(self) -> str:
         """sha256 over all that decides a score."""
         return self.manifest.fingerprint
+
+    @property
+    def hidden_size(self) -> int:
+        """H of the backbone."""
+        return hidden_size(_read_config(self.folder))
 
     @classmethod
     def open(cls, folder: str | Path) -> "Artefact":
@@ -132,7 +140,7 @@ class Artefact:
         base = Path(base)
         config = _read_config(base)
         with new_folder(Path(folder), replaceable=lambda old: overwrite and (old / MANIFEST).is_file()) as new:
-            save_backbone(model.backbone, new, dtype=dtype, extra=output_embedding(base))
+            save_backbone(model.backbone, new, dtype=dtype, extra=output_embedding(base, config))
             (new / CONFIG).write_bytes(json_bytes(config))
             for path in companion_files(base):
                 shutil.copyfile(path, new / path.name)
@@ -144,7 +152,7 @@ class Artefact:
                 ridge=ridge.metadata() if ridge is not None else None,
                 backbone=BackboneSource(config["model_type"], source or base.name, revision),
                 hashes=Hashes(
-                    model=tensor_hash(new.glob("model*.safetensors")),
+                    model=tensor_hash(model_files(new)),
                     heads=tensor_hash([new / HEADS]),
                     files={path.name: file_hash(path) for path in [new / CONFIG, *companion_files(new)]},
                 ),
@@ -171,10 +179,10 @@ class Artefact:
         artefact = cls.open(folder)
         head, ridge = artefact.load_heads()
         backbone = load_backbone(artefact.folder, param_dtype=param_dtype)
-        if verify_weights and _hash(artefact.folder.glob("model*.safetensors")) != artefact.model_hash:
+        if verify_weights and _hash(model_files(artefact.folder)) != artefact.model_hash:
             raise ArtefactError(
-                f"{artefact.folder}: the weights in model*.safetensors are not those that were saved; restore them from "
-                "the original artefact, or save them as a new one with Artefact.save"
+                f"{artefact.folder}: the weights in model*.safetensors are not those that were saved; restore them "
+                "from the original artefact, or save them as a new one with Artefact.save"
             )
         return artefact, RewardModel(backbone, head), ridge
 
@@ -192,7 +200,7 @@ class Artefact:
         return head, RidgeHead.from_arrays(ridge, self.manifest.ridge)
 
     def head_arrays(self) -> dict[str, np.ndarray]:
-        """float32 reward_head.weight [1, H], reward_head.bias [1]; ridge.coef [T, H], ridge.intercept, ridge.alpha [T]."""
+        """float32: reward_head.weight [1, H], .bias [1]; ridge.coef [T, H], .intercept [T], .alpha [T] if fitted."""
         path = _heads_file(self.folder, self.manifest.hashes.heads)
         arrays = load_tensors(path.read_bytes())
         hidden = hidden_size(_read_config(self.folder))
@@ -240,6 +248,26 @@ def companion_files(folder: Path) -> list[Path]:
     return sorted({path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()})
 
 
+def model_files(folder: Path) -> list[Path]:
+    """The backbone's safetensors files, sorted by name."""
+    return sorted(folder.glob("model*.safetensors"))
+
+
+def output_embedding(folder: Path, config: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The output embedding of a folder whose config does not tie it to the input embedding; {} where there is none.
+
+    No score needs it, but transformers and the official code load it, so it goes along unchanged.
+    """
+    if {**config.get("text_config", {}), **config}.get("tie_word_embeddings", False):
+        return {}
+    found = {}
+    for path in model_files(folder):
+        with safe_open(path, framework="numpy") as file:
+            names = [name for name in file.keys() if OUTPUT_EMBEDDING.fullmatch(name)]  # noqa: SIM118, no mapping
+            found |= {name: file.get_tensor(name) for name in names}
+    return found
+
+
 def _check_is_artefact(folder: Path) -> None:
     if (folder / MANIFEST).is_file():
         return
@@ -250,7 +278,7 @@ def _check_is_artefact(folder: Path) -> None:
             f"{folder}: neither {MANIFEST} nor {CONFIG} is here, so this is no saved model; give the folder that "
             "training or an export wrote"
         )
-    if any(name.startswith(("backbone_model.", "reward_head.")) for name in model_tensors(folder)):
+    if any(name.startswith(("backbone_model.", "reward_head.")) for name in tensor_names(model_files(folder))):
         raise ArtefactError(
             f"{folder}: weights in the official layout, without {MANIFEST}; turn them into an artefact first: "
             "multitap_jax.scoring.import_official(folder, out)"
@@ -311,7 +339,9 @@ def _heads_file(folder: Path, stated: str) -> Path:
     """The heads the manifest speaks of: in their place, or waiting for it after a crash (see `add_ridge`)."""
     present = [path for path in (folder / HEADS, _waiting(folder)) if path.is_file()]
     if not present:
-        raise ArtefactError(f"{folder / HEADS}: not here; restore it from the original artefact, there is no random head")
+        raise ArtefactError(
+            f"{folder / HEADS}: not here; restore it from the original artefact, there is no random head"
+        )
     for path in present:
         if _hash([path]) == stated:
             return path

@@ -47,6 +47,11 @@ def tensor_hash(paths: Iterable[Path]) -> str:
     return canonical_hash([[name, *tensors[name][:2], digest] for name, digest in zip(names, digests, strict=True)])
 
 
+def tensor_names(paths: Iterable[Path]) -> list[str]:
+    """Names of all tensors in some safetensors files; only headers are read. Raises as `tensor_hash`."""
+    return sorted(name for path in paths for name, *_ in _mapped_tensors(path))
+
+
 def _mapped_tensors(path: Path) -> list[tuple[str, str, list[int], np.ndarray]]:
     """(name, dtype, shape, uint8[bytes]) of each tensor: 8 bytes of header length, the JSON header, then the data."""
     size = path.stat().st_size

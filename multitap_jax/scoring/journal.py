@@ -15,6 +15,7 @@ try:
 except ImportError:  # only POSIX has file locks; elsewhere two jobs on one file are the user's to avoid
     fcntl = None  # type: ignore[assignment]
 
+
 class HasId(Protocol):
     """An item of the input."""
 
@@ -83,7 +84,9 @@ class Journal:
         return complete["tally"]
 
     def replay(self, items: Iterator[Item]) -> Iterator[tuple[Item, dict[str, Any]]]:
-        """Yields the whole lines, each with its item of the input, and cuts off what follows them, so that the next line to append is the next to score.
+        """Yields the whole lines, each with its item of the input, and cuts off what follows them.
+
+        When all are taken, `items` stands at the next one to score and the file ends where its line belongs.
 
         Args:
           items: the input, in order; as many are taken as there are whole lines.

@@ -14,15 +14,13 @@ import pytest
 
 from multitap_jax.scoring.job import TooManyRejected, score_file
 from multitap_jax.scoring.journal import JobError, Journal
+from tests.scoring.job_fixtures import FakeScorer, read_lines, write_records
 
-from job_fixtures import FakeScorer, read_lines, write_records
-
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def start(*arguments: object, **options) -> subprocess.Popen:
-    command = [sys.executable, str(HERE / "job_fixtures.py"), *map(str, arguments)]
+    command = [sys.executable, "-m", "tests.scoring.job_fixtures", *map(str, arguments)]
     return subprocess.Popen(
         command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=-1, stderr=-1, text=True, **options
     )
@@ -209,7 +207,7 @@ def test_two_jobs_cannot_write_one_file(tmp_path):
 
 
 def test_too_many_rejected_stop_the_run_early_and_a_higher_limit_goes_on(tmp_path):
-    source = write_records(tmp_path, 3000, {i: "will fail" for i in range(0, 3000, 20)})
+    source = write_records(tmp_path, 3000, dict.fromkeys(range(0, 3000, 20), "will fail"))
     output = tmp_path / "scores.jsonl"
     scorer = FakeScorer()
     with pytest.raises(TooManyRejected, match=r"5\.0%.*made to fail.*--max-rejected"):
