@@ -125,7 +125,8 @@ def from_table(row: dict[str, Any]) -> dict[str, Any]:
         ratings = _json_cell(ratings, "ratings")
     elif isinstance(ratings, list) and all(isinstance(pair, tuple) for pair in ratings):  # Parquet's map type
         ratings = dict(ratings)
-    if isinstance(ratings, dict) and (both := columns.keys() & ratings.keys()):
+    given = [name for name, value in columns.items() if value is not None]
+    if isinstance(ratings, dict) and (both := ratings.keys() & given):
         raise BadRecord(f"ratings.{min(both)} is given twice: in its own column and in the column 'ratings'")
     if ratings is None or isinstance(ratings, dict):
         ratings = columns | (ratings or {})

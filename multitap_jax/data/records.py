@@ -166,7 +166,7 @@ def iter_records(
     Raises:
       RecordsError: at once for a missing file or wrong header; while reading for damaged Parquet.
     """
-    if require is not None and require != "score" and not require.removeprefix("ratings."):
+    if require is not None and require != "score" and not (require.startswith("ratings.") and require[8:]):
         raise RecordsError(f"require={require!r}: expected 'score' or 'ratings.NAME'")
     file = find_records_file(path)
     rows = read_rows(file, _check_column)
@@ -204,6 +204,13 @@ def write_rejected(path: Path, rejected: Iterable[Rejected]) -> None:
         for item in rejected:
             file.write(json.dumps(dataclasses.asdict(item)) + "\n")
     os.replace(partial, path)
+
+
+def read_rejected(path: Path) -> list[Rejected]:
+    """What `write_rejected` wrote; nothing where there is no file."""
+    if not path.is_file():
+        return []
+    return [Rejected(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 class _Parser:

@@ -12,11 +12,16 @@ from rich.console import Console
 
 from multitap_jax import __version__
 from multitap_jax.config import ConfigError, TrainConfig, to_dict
-from multitap_jax.data.packing import Vision
-from multitap_jax.data.pipeline import PackedDataset, Prepared, prepare
+from multitap_jax.data.pipeline import PackedDataset, prepare
 from multitap_jax.data.processing import DEFAULT_POLICY, DEFAULT_POSITIONS, Contract, Processing
-from multitap_jax.data.records import Record, Rejected, load_records, split_by_group, write_rejected
-from multitap_jax.data.tables import RecordsError
+from multitap_jax.data.records import (
+    Record,
+    Rejected,
+    check_rejected_share,
+    load_records,
+    split_by_group,
+    write_rejected,
+)
 from multitap_jax.parallel.mesh import make_mesh, param_shardings
 from multitap_jax.reward import RewardHead, RewardModel
 from multitap_jax.scoring.artefact import Artefact
@@ -56,10 +61,13 @@ def run_training(config: TrainConfig, workdir: str | Path) -> RunResult:
     rejected: list[Rejected] = []
     train_records, held_out = _records(config, rejected)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    dataset = _dataset(config, processing, train_records, rejected, cells=shards * config.accumulation)
-    evaluation = _dataset(config, processing, held_out, rejected, cells=shards, held_out=True) if held_out else None
-    write_rejected(workdir / "rejected.jsonl", rejected)
     model = _model(config, base, mesh)
+    hidden = model.backbone.config.hidden_size
+    dataset = _dataset(config, processing, train_records, hidden, rejected, cells=shards * config.accumulation)
+    evaluation = (
+        _dataset(config, processing, held_out, hidden, rejected, cells=shards, held_out=True) if held_out else None
+    )
+    write_rejected(workdir / "rejected.jsonl", rejected)
     console.print(
         f"{len(train_records)} training and {len(held_out)} held-out pairs, {len(rejected)} rejected; "
         f"{dataset.num_steps} steps of {config.batch_size} pairs as {dataset.shape}, one compiled shape, "
@@ -116,6 +124,7 @@ def _dataset(
     config: TrainConfig,
     processing: Processing,
     records: list[Record],
+    hidden: int,
     rejected: list[Rejected],
     *,
     cells: int,
@@ -130,16 +139,38 @@ def _dataset(
         target_range=config.data.target_range,
     )
     rejected.extend(prepared.rejected)
-    _check_share(prepared, config)
+    source = (config.data.evaluation if held_out else "") or config.data.train
+    check_rejected_share(Path(source), len(prepared.examples), prepared.rejected, config.data.max_rejected)
     return PackedDataset(
         prepared,
         processing.reader,
         processing.vision,
-        hidden=config_hidden(processing),
-        batch_size=config.batch_size if not held_out else max(config.batch_size // config.accumulation, 1),
+        hidden=hidden,
+        batch_size=max(config.batch_size // config.accumulation, 1) if held_out else config.batch_size,
         epochs=1 if held_out else config.epochs,
         seed=config.seed,
         shuffle="none" if held_out else config.data.shuffle,
         row_length=config.data.row_length,
         cells=cells,
     )
+
+
+def _model(config: TrainConfig, base: Path, mesh: jax.sharding.Mesh) -> RewardModel:
+    """Backbone and head on the mesh: an artefact keeps its trained head, a plain model gets the official initial one."""
+    if (base / MANIFEST).is_file():
+        _, model, _ = Artefact.load(base)
+    else:
+        backbone = load_backbone(base)
+        model = RewardModel(backbone, RewardHead(backbone.config.hidden_size, rngs=nnx.Rngs(config.seed)))
+    if config.trainable.parts == "lora":
+        add_lora(model, config.trainable, nnx.Rngs(config.seed + 1))
+    return jax.device_put(model, param_shardings(model, mesh))
+
+
+def _provenance(config: TrainConfig, dataset: PackedDataset) -> dict[str, Any]:
+    return {
+        "config": to_dict(config),
+        "data": dataset.fingerprint,
+        "steps": dataset.num_steps,
+        "versions": {"multitap_jax": __version__, "jax": jax.__version__, "python": platform.python_version()},
+    }
