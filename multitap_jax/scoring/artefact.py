@@ -7,7 +7,6 @@ and what it says about itself is checked when it is read.
 
 import dataclasses
 import json
-import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,13 +15,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import safe_open
+from multitap_jax.reward import RewardHead, RewardModel
+from multitap_jax.stage2.head import RidgeHead
+from multitap_jax.weights.hub import load_backbone, save_backbone
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as tensors_to_bytes
 
 from multitap_jax.data.processing import Contract
-from multitap_jax.reward import RewardHead, RewardModel
-from multitap_jax.scoring.files import file_hash, json_bytes, new_folder, tensor_hash, tensor_names, write_atomic
+from multitap_jax.scoring.files import (
+    file_hash,
+    json_bytes,
+    load_matching,
+    new_folder,
+    tensor_dtypes,
+    tensor_hash,
+    write_atomic,
+)
 from multitap_jax.scoring.manifest import (
     HEADS,
     MANIFEST,
@@ -35,11 +43,9 @@ from multitap_jax.scoring.manifest import (
     check_objectives,
     read_manifest,
 )
-from multitap_jax.stage2.head import RidgeHead
-from multitap_jax.weights.hub import load_backbone, save_backbone
 
 CONFIG = "config.json"
-OUTPUT_EMBEDDING = re.compile(r"(language_model\.)?lm_head\.weight|output\.weight")
+OUTPUT_EMBEDDING = r"(language_model\.)?lm_head\.weight|output\.weight"
 # What a tokenizer or an image processor is made of; never code.
 COMPANIONS = (
     "tokenizer*.json",
@@ -179,12 +185,22 @@ class Artefact:
         artefact = cls.open(folder)
         head, ridge = artefact.load_heads()
         backbone = load_backbone(artefact.folder, param_dtype=param_dtype)
-        if verify_weights and _hash(model_files(artefact.folder)) != artefact.model_hash:
-            raise ArtefactError(
-                f"{artefact.folder}: the weights in model*.safetensors are not those that were saved; restore them "
-                "from the original artefact, or save them as a new one with Artefact.save"
-            )
+        if verify_weights:
+            artefact.verify()
         return artefact, RewardModel(backbone, head), ridge
+
+    def verify(self) -> "Artefact":
+        """Itself, after reading all weights and comparing them with their hash; raises ArtefactError."""
+        if _hash(model_files(self.folder)) != self.model_hash:
+            raise ArtefactError(
+                f"{self.folder}: the weights in model*.safetensors are not those that were saved; restore them from "
+                "the original artefact, or save them as a new one with Artefact.save"
+            )
+        return self
+
+    def heads_file(self) -> Path:
+        """The file whose tensors are the heads the manifest speaks of; raises ArtefactError where none is."""
+        return _heads_file(self.folder, self.manifest.hashes.heads)
 
     def load_heads(self) -> tuple[RewardHead, RidgeHead | None]:
         """The reward head and the ridge head, checked against hash and shapes.
@@ -201,7 +217,7 @@ class Artefact:
 
     def head_arrays(self) -> dict[str, np.ndarray]:
         """float32: reward_head.weight [1, H], .bias [1]; ridge.coef [T, H], .intercept [T], .alpha [T] if fitted."""
-        path = _heads_file(self.folder, self.manifest.hashes.heads)
+        path = self.heads_file()
         arrays = load_tensors(path.read_bytes())
         hidden = hidden_size(_read_config(self.folder))
         targets = len(self.manifest.objectives)
@@ -260,12 +276,7 @@ def output_embedding(folder: Path, config: Mapping[str, Any]) -> dict[str, np.nd
     """
     if {**config.get("text_config", {}), **config}.get("tie_word_embeddings", False):
         return {}
-    found = {}
-    for path in model_files(folder):
-        with safe_open(path, framework="numpy") as file:
-            names = [name for name in file.keys() if OUTPUT_EMBEDDING.fullmatch(name)]  # noqa: SIM118, no mapping
-            found |= {name: file.get_tensor(name) for name in names}
-    return found
+    return load_matching(model_files(folder), OUTPUT_EMBEDDING)
 
 
 def _check_is_artefact(folder: Path) -> None:
@@ -278,7 +289,7 @@ def _check_is_artefact(folder: Path) -> None:
             f"{folder}: neither {MANIFEST} nor {CONFIG} is here, so this is no saved model; give the folder that "
             "training or an export wrote"
         )
-    if any(name.startswith(("backbone_model.", "reward_head.")) for name in tensor_names(model_files(folder))):
+    if any(name.startswith(("backbone_model.", "reward_head.")) for name in tensor_dtypes(model_files(folder))):
         raise ArtefactError(
             f"{folder}: weights in the official layout, without {MANIFEST}; turn them into an artefact first: "
             "multitap_jax.scoring.import_official(folder, out)"

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import safe_open
 
 
 def canonical_hash(value: Any) -> str:
@@ -43,13 +45,24 @@ def tensor_hash(paths: Iterable[Path]) -> str:
             tensors[name] = (dtype, shape, data)
     names = sorted(tensors)
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        digests = list(pool.map(lambda name: hashlib.sha256(tensors[name][2]).hexdigest(), names))
+        digests = list(pool.map(lambda name: hashlib.sha256(tensors[name][2].data).hexdigest(), names))
     return canonical_hash([[name, *tensors[name][:2], digest] for name, digest in zip(names, digests, strict=True)])
 
 
-def tensor_names(paths: Iterable[Path]) -> list[str]:
-    """Names of all tensors in some safetensors files; only headers are read. Raises as `tensor_hash`."""
-    return sorted(name for path in paths for name, *_ in _mapped_tensors(path))
+def tensor_dtypes(paths: Iterable[Path]) -> dict[str, str]:
+    """Name -> dtype, as safetensors spells it, of all tensors in some files; only headers are read."""
+    return {name: dtype for path in paths for name, dtype, *_ in _mapped_tensors(path)}
+
+
+def load_matching(paths: Iterable[Path], pattern: str) -> dict[str, np.ndarray]:
+    """The tensors whose whole name matches a regular expression; nothing else is read."""
+    found: dict[str, np.ndarray] = {}
+    for path in paths:
+        names = [name for name, *_ in _mapped_tensors(path) if re.fullmatch(pattern, name)]
+        if names:
+            with safe_open(path, framework="numpy") as file:
+                found |= {name: file.get_tensor(name) for name in names}
+    return found
 
 
 def _mapped_tensors(path: Path) -> list[tuple[str, str, list[int], np.ndarray]]:

@@ -58,15 +58,16 @@ class Journal:
         self._lines = 0
         self._end = 0
         self._file = -1
+        self._state: dict[str, Any] = {}
 
     def __enter__(self) -> "Journal":
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
         try:
             self._lock()
-            self._state = self._check()
-            if self._state is None:
-                self._state = {"format_version": FORMAT_VERSION, **self.identity, "complete": None}
+            state = self._check()
+            self._state = state or {"format_version": FORMAT_VERSION, **self.identity, "complete": None}
+            if state is None:
                 self._write_sidecar()
         except BaseException:
             os.close(self._file)

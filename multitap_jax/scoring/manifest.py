@@ -151,7 +151,7 @@ def check_objectives(objectives: Sequence[Objective]) -> None:
         raise ArtefactError(f"objectives named twice: {', '.join(twice)}; every objective needs its own name")
     for objective in objectives:
         low, high = objective.range
-        if not low < high:
+        if not low <= high:
             raise ArtefactError(f"objective {objective.name}: range {low}..{high} is empty; give [lowest, highest]")
 
 

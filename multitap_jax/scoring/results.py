@@ -52,6 +52,11 @@ class Embeddings:
     truncated: np.ndarray
     errors: list[str | None]
 
+    def raise_errors(self) -> "Embeddings":
+        """Itself, where every pair has a hidden state. Raises ScoringError, naming the pairs, where one has none."""
+        raise_errors(self.errors)
+        return self
+
 
 @dataclass(frozen=True)
 class Ranking:
@@ -85,8 +90,14 @@ class Results:
 
     @classmethod
     def empty(cls, pairs: int, objectives: int, hidden: int) -> "Results":
-        floats = [np.full(shape, np.nan, np.float32) for shape in ((pairs,), (pairs, objectives), (pairs, hidden))]
-        return cls(*floats, np.zeros(pairs, np.int64), np.zeros(pairs, bool), [None] * pairs)
+        return cls(
+            logits=np.full(pairs, np.nan, np.float32),
+            objectives=np.full((pairs, objectives), np.nan, np.float32),
+            embeddings=np.full((pairs, hidden), np.nan, np.float32),
+            n_tokens=np.zeros(pairs, np.int64),
+            truncated=np.zeros(pairs, bool),
+            errors=[None] * pairs,
+        )
 
     def note(self, start: int, window: Window) -> None:
         stop = start + len(window.errors)

@@ -22,19 +22,19 @@ import numpy as np
 import scipy.special
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from multitap_jax.parallel.mesh import param_shardings
+from multitap_jax.reward import RewardModel
+from multitap_jax.stage2.head import RidgeHead
 
 from multitap_jax.backbones import Execution
 from multitap_jax.batch import PackedBatch
 from multitap_jax.data.processing import Processing
 from multitap_jax.data.stream import Pair, StreamPacker
-from multitap_jax.parallel.mesh import param_shardings
-from multitap_jax.reward import RewardModel
 from multitap_jax.scoring.artefact import Artefact
 from multitap_jax.scoring.pairs import Source, make_pairs
 from multitap_jax.scoring.progress import progress_bar
 from multitap_jax.scoring.readahead import read_ahead
-from multitap_jax.scoring.results import Embeddings, Ranking, Results, Scores, raise_errors
-from multitap_jax.stage2.head import RidgeHead
+from multitap_jax.scoring.results import Embeddings, Ranking, Results, Scores
 
 IN_FLIGHT = 2  # batches on the device before the host waits for the first
 WINDOW = 256  # pairs whose pictures are in memory at once
@@ -76,9 +76,9 @@ class Scorer:
     ):
         if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r}: expected {' or '.join(DTYPES)}")
-        self.artefact, self.truncate, self._mesh = artefact, truncate, mesh
+        self.artefact, self.truncate, self._dtype = artefact, truncate, dtype
         self.names = tuple(objective.name for objective in artefact.manifest.objectives)
-        self.settings = {"dtype": dtype, "max_length": max_length}
+        self.settings: dict[str, Any] = {"dtype": dtype, "max_length": max_length}
         processing = Processing.from_folder(artefact.folder, artefact.manifest.contract)
         hidden = artefact.hidden_size
         self._packer = StreamPacker(
@@ -116,6 +116,11 @@ class Scorer:
     def fingerprint(self) -> str:
         """sha256 of the artefact: contract, weights, heads, tokenizer and processor."""
         return self.artefact.fingerprint
+
+    @property
+    def hidden_size(self) -> int:
+        """H of the backbone."""
+        return self.artefact.hidden_size
 
     @property
     def num_shapes(self) -> int:
@@ -160,17 +165,7 @@ class Scorer:
             errors=found.errors,
         )
 
-    def embed(self, **pairs: Any) -> np.ndarray:
-        """Hidden states float32[N, H] at the judged token, the features of stage 2; the arguments of `score`.
-
-        Raises:
-          ScoringError: naming the pairs that have none (`embed_pairs` keeps going instead).
-        """
-        found = self.embed_pairs(**pairs)
-        raise_errors(found.errors)
-        return found.values
-
-    def embed_pairs(
+    def embed(
         self,
         *,
         images: Sequence[Source | Sequence[Source]],
@@ -180,7 +175,7 @@ class Scorer:
         show_progress: bool = False,
         truncate: bool | None = None,
     ) -> Embeddings:
-        """As `embed`, with an error in the place of each pair that has no hidden state."""
+        """Hidden states at the judged token, `values` float32[N, H]: features of stage 2. Arguments: see `score`."""
         pairs = make_pairs(images, texts, requests)
         found = self._run(pairs, True, batch_size, show_progress, truncate)
         return Embeddings(found.embeddings, found.logits, found.n_tokens, found.truncated, found.errors)
@@ -205,7 +200,7 @@ class Scorer:
                     advance(results.collect(*pending.popleft()))
             while pending:
                 advance(results.collect(*pending.popleft()))
-        results.refuse_non_finite(self.settings["dtype"])
+        results.refuse_non_finite(self._dtype)
         return results
 
     def _batches(
