@@ -2,8 +2,8 @@
 
   python benchmarks/scoring.py [--images=8] [--repeats=5] [--threads=2]
 
-Both sides score the same pairs with the same 60M-parameter Qwen2-VL in float32 from decoded, resized pictures (560 x 560,
-so 400 image tokens) and texts; tokenising, patching and packing count on both sides, decoding on neither. Three ways:
+Both sides score the same pairs with the same 60M-parameter Qwen2-VL in float32 from decoded, resized pictures
+(560 x 560, so 400 image tokens) and texts; tokenising, patching and packing count on both sides, decoding on neither. Three ways:
 
   official  one pair a forward, padded to 2,048 tokens, all hidden states and logits (kaist-cvml/MULTI-TAP, behaviour)
   batched   torch by hand: sdpa attention, batches padded to their longest, no logits, last token's hidden state
@@ -24,6 +24,9 @@ import jax
 import numpy as np
 import torch
 from flax import nnx
+from multitap_jax.demo.checkpoint import build_tokenizer
+from multitap_jax.reward import RewardHead, RewardModel
+from multitap_jax.weights.hub import load_backbone
 from PIL import Image
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
@@ -32,13 +35,32 @@ from multitap_jax.data.images import ImageReader
 from multitap_jax.data.packing import Vision
 from multitap_jax.data.prompts import Encoded, Prompter
 from multitap_jax.data.stream import Pair, StreamPacker
-from multitap_jax.demo.checkpoint import build_tokenizer
-from multitap_jax.reward import RewardHead, RewardModel
-from multitap_jax.weights.hub import load_backbone
 
 SIDE = 560
 PADDED = 2048
-WORDS = "a red ball near the blue box on your left and two green cones far away to the right of it".split()
+WORDS = ("a red ball near the blue box on your left and two green cones far away to the right of it").split()
+    "a",
+    "red",
+    "ball",
+    "near",
+    "the",
+    "blue",
+    "box",
+    "on",
+    "your",
+    "left",
+    "and",
+    "two",
+    "green",
+    "cones",
+    "far",
+    "away",
+    "to",
+    "the",
+    "right",
+    "of",
+    "it",
+]
 TEXT_WORDS = 30
 
 

@@ -1,29 +1,22 @@
 """The demo, phase by phase. A finished phase is kept, so an interrupted demo goes on where it stopped."""
 
 import json
-import os
-import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import jax
-import numpy as np
 from flax import nnx
+from multitap_jax.demo.checkpoint import build_checkpoint
+from multitap_jax.demo.texts import vocabulary_sample
+from multitap_jax.demo.world import WorldPaths, build_world
+from multitap_jax.reward import RewardHead, RewardModel
+from multitap_jax.weights.hub import load_backbone
 from PIL import Image
 from rich.console import Console
-from rich.table import Table
 
-from multitap_jax.config import TrainConfig, from_config_dict, to_dict
-from multitap_jax.data.processing import Contract
-from multitap_jax.data.records import Record, load_records
-from multitap_jax.demo.checkpoint import build_checkpoint
-from multitap_jax.demo.texts import OBJECTIVES, vocabulary_sample
-from multitap_jax.demo.world import WorldPaths, build_world
-from multitap_jax.evaluation.correlation import Metrics, evaluate_pairs
-from multitap_jax.reward import RewardHead, RewardModel
+from multitap_jax.config import TrainConfig, from_config_dict
 from multitap_jax.scoring.artefact import Artefact
 from multitap_jax.scoring.export import export_heads, export_official
 from multitap_jax.scoring.job import score_file
@@ -31,7 +24,6 @@ from multitap_jax.scoring.scorer import Scorer
 from multitap_jax.stage1.run import run_training
 from multitap_jax.stage2.embed import embed_records
 from multitap_jax.stage2.fit import fit_store, make_head
-from multitap_jax.weights.hub import load_backbone
 
 SCENES = 2400
 EPOCHS = 10
@@ -183,3 +175,37 @@ def _blank(world: WorldPaths) -> Path:
 def scores_path(folder: Path, name: str) -> Path:
     """Where the scores of one of the three runs are."""
     return folder / "scores" / f"{name}.jsonl"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Predicted and human numbers of the same held-out pairs, and how well they agree."""
+
+    predicted: np.ndarray
+    human: np.ndarray
+    metrics: Metrics
+
+
+def _read_scores(path: Path) -> dict[str, dict]:
+    return {line["id"]: line for line in map(json.loads, path.read_text().splitlines())}
+
+
+def _judge(predicted: list[float], human: list[float], records: list[Record]) -> Judged:
+    groups = [r.group or r.id for r in records]
+    metrics = evaluate_pairs(predicted, human, groups=groups, samples=BOOTSTRAP)
+    return Judged(np.asarray(predicted), np.asarray(human), metrics)
+
+
+def _evaluate(demo: Demo, world: WorldPaths) -> dict[str, Judged]:
+    """The three runs on the overall score, then each objective's head on its own ratings."""
+    records = load_records(world.heldout).records
+    out: dict[str, Judged] = {}
+    for name in ("trained", "untrained", "blanked"):
+        lines = _read_scores(scores_path(demo.workdir, name))
+        out[name] = _judge([lines[r.id]["score"] for r in records], [float(r.score or 0) for r in records], records)
+    lines = _read_scores(scores_path(demo.workdir, "trained"))
+    for name in OBJECTIVES:
+        rated = [r for r in records if r.ratings.get(name) is not None]
+        predicted = [lines[r.id]["scores"][name] for r in rated]
+        out[f"objective {name}"] = _judge(predicted, [float(r.ratings[name] or 0) for r in rated], rated)
+    return out

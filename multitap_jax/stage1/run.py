@@ -8,6 +8,11 @@ from typing import Any
 
 import jax
 from flax import nnx
+from multitap_jax.parallel.mesh import make_mesh, param_shardings
+from multitap_jax.reward import RewardHead, RewardModel
+from multitap_jax.stage1.train import TrainResult, train
+from multitap_jax.stage1.trainable import add_lora, merge_lora
+from multitap_jax.weights.hub import load_backbone
 from rich.console import Console
 
 from multitap_jax import __version__
@@ -22,13 +27,8 @@ from multitap_jax.data.records import (
     split_by_group,
     write_rejected,
 )
-from multitap_jax.parallel.mesh import make_mesh, param_shardings
-from multitap_jax.reward import RewardHead, RewardModel
 from multitap_jax.scoring.artefact import Artefact
 from multitap_jax.scoring.manifest import MANIFEST, Overall
-from multitap_jax.stage1.train import TrainResult, train
-from multitap_jax.stage1.trainable import add_lora, merge_lora
-from multitap_jax.weights.hub import load_backbone
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def _dataset(
 
 
 def _model(config: TrainConfig, base: Path, mesh: jax.sharding.Mesh) -> RewardModel:
-    """Backbone and head on the mesh: an artefact keeps its trained head, a plain model gets the official initial one."""
+    """Backbone and head on the mesh: an artefact keeps its trained head, a plain model gets a new one."""
     if (base / MANIFEST).is_file():
         _, model, _ = Artefact.load(base)
     else:

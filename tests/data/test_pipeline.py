@@ -34,7 +34,9 @@ def records(tmp_path):
         Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(path)
         for text in range(1 + number % 3):
             name = f"{number}/{text}"
-            out.append(Record(name, (path,), TEXTS[text], None, 0.1 * number, {"sense": text + 1.0}, None, len(out) + 1))
+            out.append(
+                Record(name, (path,), TEXTS[text], None, 0.1 * number, {"sense": text + 1.0}, None, len(out) + 1)
+            )
     return out
 
 
