@@ -38,29 +38,7 @@ from multitap_jax.data.stream import Pair, StreamPacker
 
 SIDE = 560
 PADDED = 2048
-WORDS = ("a red ball near the blue box on your left and two green cones far away to the right of it").split()
-    "a",
-    "red",
-    "ball",
-    "near",
-    "the",
-    "blue",
-    "box",
-    "on",
-    "your",
-    "left",
-    "and",
-    "two",
-    "green",
-    "cones",
-    "far",
-    "away",
-    "to",
-    "the",
-    "right",
-    "of",
-    "it",
-]
+WORDS = "a red ball near the blue box on your left and two green cones far away to the right of it".split()  # noqa: SIM905
 TEXT_WORDS = 30
 
 
