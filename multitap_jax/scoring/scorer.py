@@ -52,6 +52,7 @@ class Scorer:
       batch_tokens: about how many tokens a batch holds; bounds device memory.
       max_length: longest pair in tokens, image tokens included.
       truncate: cut the tail of longer texts, where a call does not say otherwise.
+      attention: attention backend, see `backbones/attention.py`.
       mesh: devices to spread batches and parameters over (`parallel.mesh.make_mesh`); None is one device.
       workers: threads that decode pictures.
 
@@ -71,6 +72,7 @@ class Scorer:
         batch_tokens: int = 16384,
         max_length: int = 2048,
         truncate: bool = False,
+        attention: str = "dense",
         mesh: jax.sharding.Mesh | None = None,
         workers: int = 4,
     ):
@@ -95,9 +97,7 @@ class Scorer:
         shardings = None if mesh is None else (param_shardings(model, mesh), *[NamedSharding(mesh, P())] * 2)
         self._weights = jax.device_put((model, *(np.asarray(head, np.float32) for head in heads)), shardings)
         self._rows = None if mesh is None else NamedSharding(mesh, P(("data", "fsdp")))
-        execution = Execution(dtype=DTYPES[dtype])
-        # Float32 means float32: accelerators would otherwise multiply in fewer bits.
-        self._precision = "highest" if dtype == "float32" else None
+        execution = Execution(dtype=dtype, attention=attention)
         self._step = jax.jit(functools.partial(_forward, execution), static_argnames="keep_embeddings")
         self._lock = threading.Lock()
 
@@ -215,8 +215,7 @@ class Scorer:
 
     def _compute(self, batch: PackedBatch, embeddings: bool) -> Any:
         """Starts a batch; the arrays that come back are not yet computed."""
-        with jax.default_matmul_precision(self._precision):
-            return self._step(*self._weights, jax.device_put(batch, self._rows), keep_embeddings=embeddings)
+        return self._step(*self._weights, jax.device_put(batch, self._rows), keep_embeddings=embeddings)
 
 
 def _forward(
