@@ -1,10 +1,10 @@
 """multitap_jax: MULTI-TAP (arXiv 2510.00766) in JAX. Public names load on first use, so importing this is cheap.
 
-  Scorer         scores pairs with a saved model
-  RidgeHead      closed-form heads for any objectives on frozen embeddings
-  EmbeddingStore reads what `multitap embed` wrote
-  load_records   reads and checks a records file
-  kendall_tau, pearson, spearman, evaluate_pairs   agreement with human judgements
+Scorer         scores pairs with a saved model
+RidgeHead      closed-form heads for any objectives on frozen embeddings
+EmbeddingStore reads what `multitap embed` wrote
+load_records   reads and checks a records file
+kendall_tau, pearson, spearman, evaluate_pairs   agreement with human judgements
 """
 
 import importlib
