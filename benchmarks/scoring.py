@@ -26,7 +26,6 @@ import torch
 from flax import nnx
 from multitap_jax.demo.checkpoint import build_tokenizer
 from multitap_jax.reward import RewardHead, RewardModel
-from multitap_jax.weights.hub import load_backbone
 from PIL import Image
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
@@ -35,6 +34,7 @@ from multitap_jax.data.images import ImageReader
 from multitap_jax.data.packing import Vision
 from multitap_jax.data.prompts import Encoded, Prompter
 from multitap_jax.data.stream import Pair, StreamPacker
+from multitap_jax.weights.hub import load_backbone
 
 SIDE = 560
 PADDED = 2048

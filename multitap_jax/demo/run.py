@@ -8,15 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flax import nnx
-from multitap_jax.demo.checkpoint import build_checkpoint
-from multitap_jax.demo.texts import vocabulary_sample
-from multitap_jax.demo.world import WorldPaths, build_world
-from multitap_jax.reward import RewardHead, RewardModel
-from multitap_jax.weights.hub import load_backbone
 from PIL import Image
 from rich.console import Console
 
 from multitap_jax.config import TrainConfig, from_config_dict
+from multitap_jax.demo.checkpoint import build_checkpoint
+from multitap_jax.demo.report import write_report
+from multitap_jax.demo.summary import RUNS, judge, report_data, summary_table
+from multitap_jax.demo.texts import vocabulary_sample
+from multitap_jax.demo.world import WorldPaths, build_world
+from multitap_jax.reward import RewardHead, RewardModel
 from multitap_jax.scoring.artefact import Artefact
 from multitap_jax.scoring.export import export_heads, export_official
 from multitap_jax.scoring.job import score_file
@@ -24,13 +25,12 @@ from multitap_jax.scoring.scorer import Scorer
 from multitap_jax.stage1.run import run_training
 from multitap_jax.stage2.embed import embed_records
 from multitap_jax.stage2.fit import fit_store, make_head
+from multitap_jax.weights.hub import load_backbone
 
 SCENES = 2400
 EPOCHS = 10
 HELDOUT = 0.15
 POLICY = "square:84"
-RATING_RANGE = (1.0, 5.0)
-BOOTSTRAP = 400
 
 
 @dataclass
@@ -112,9 +112,11 @@ def run_demo(workdir: str | Path, *, scenes: int | None = None, epochs: int | No
         if todo:
             _score_all(demo, world, artefact)
     with demo.phase("8 evaluate and report"):
-        results = _evaluate(demo, world)
-        demo.console.print(_table(results))
-        report = _report(demo, world, results)
+        results = judge(world.heldout, {name: scores_path(folder, name) for name in RUNS})
+        demo.console.print(summary_table(results))
+        facts = _facts(settings, world, artefact)
+        data = report_data(results, Artefact.open(artefact), folder / "train" / "metrics.jsonl", demo.seconds, facts)
+        report = write_report(folder / "report.html", data)
     demo.console.print(f"[bold]{sum(demo.seconds.values()):.0f} s in all.[/] Open {report}")
     return report
 
@@ -172,40 +174,17 @@ def _blank(world: WorldPaths) -> Path:
     return path
 
 
+def _facts(settings: dict, world: WorldPaths, artefact: Path) -> dict[str, str]:
+    config = json.loads((artefact / "config.json").read_text())
+    pairs = [sum(1 for _ in path.open()) for path in (world.train, world.heldout)]
+    return {
+        "command": f"multitap demo --scenes={settings['scenes']} --epochs={settings['epochs']} --seed={settings['seed']}",
+        "data": f"{settings['scenes']:,} pictures; {pairs[0]:,} training pairs, {pairs[1]:,} held-out pairs",
+        "model": f"Qwen2-VL, hidden {config['hidden_size']}, {config['num_hidden_layers']} decoder layers, "
+        f"{config['vision_config']['depth']} vision blocks, random start",
+    }
+
+
 def scores_path(folder: Path, name: str) -> Path:
     """Where the scores of one of the three runs are."""
     return folder / "scores" / f"{name}.jsonl"
-
-
-@dataclass(frozen=True)
-class Judged:
-    """Predicted and human numbers of the same held-out pairs, and how well they agree."""
-
-    predicted: np.ndarray
-    human: np.ndarray
-    metrics: Metrics
-
-
-def _read_scores(path: Path) -> dict[str, dict]:
-    return {line["id"]: line for line in map(json.loads, path.read_text().splitlines())}
-
-
-def _judge(predicted: list[float], human: list[float], records: list[Record]) -> Judged:
-    groups = [r.group or r.id for r in records]
-    metrics = evaluate_pairs(predicted, human, groups=groups, samples=BOOTSTRAP)
-    return Judged(np.asarray(predicted), np.asarray(human), metrics)
-
-
-def _evaluate(demo: Demo, world: WorldPaths) -> dict[str, Judged]:
-    """The three runs on the overall score, then each objective's head on its own ratings."""
-    records = load_records(world.heldout).records
-    out: dict[str, Judged] = {}
-    for name in ("trained", "untrained", "blanked"):
-        lines = _read_scores(scores_path(demo.workdir, name))
-        out[name] = _judge([lines[r.id]["score"] for r in records], [float(r.score or 0) for r in records], records)
-    lines = _read_scores(scores_path(demo.workdir, "trained"))
-    for name in OBJECTIVES:
-        rated = [r for r in records if r.ratings.get(name) is not None]
-        predicted = [lines[r.id]["scores"][name] for r in rated]
-        out[f"objective {name}"] = _judge(predicted, [float(r.ratings[name] or 0) for r in rated], rated)
-    return out

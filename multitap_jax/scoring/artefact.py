@@ -15,13 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from multitap_jax.reward import RewardHead, RewardModel
-from multitap_jax.stage2.head import RidgeHead
-from multitap_jax.weights.hub import load_backbone, save_backbone
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as tensors_to_bytes
 
 from multitap_jax.data.processing import Contract
+from multitap_jax.reward import RewardHead, RewardModel
 from multitap_jax.scoring.files import (
     file_hash,
     json_bytes,
@@ -43,6 +41,8 @@ from multitap_jax.scoring.manifest import (
     check_objectives,
     read_manifest,
 )
+from multitap_jax.stage2.head import RidgeHead
+from multitap_jax.weights.hub import load_backbone, save_backbone
 
 CONFIG = "config.json"
 OUTPUT_EMBEDDING = r"(language_model\.)?lm_head\.weight|output\.weight"

@@ -11,14 +11,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from multitap_jax.reward import RewardHead, RewardModel
-from multitap_jax.weights.hub import load_backbone
 from safetensors.numpy import load_file, save_file
 
 from multitap_jax.data.processing import Contract
+from multitap_jax.reward import RewardHead, RewardModel
 from multitap_jax.scoring.artefact import CONFIG, Artefact, companion_files, model_files
 from multitap_jax.scoring.files import file_hash, json_bytes, load_matching, new_folder, tensor_dtypes
 from multitap_jax.scoring.manifest import HEADS, MANIFEST, ArtefactError
+from multitap_jax.weights.hub import load_backbone
 
 PREFIX = "backbone_model."
 INDEX = "model.safetensors.index.json"

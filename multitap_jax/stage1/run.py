@@ -8,11 +8,6 @@ from typing import Any
 
 import jax
 from flax import nnx
-from multitap_jax.parallel.mesh import make_mesh, param_shardings
-from multitap_jax.reward import RewardHead, RewardModel
-from multitap_jax.stage1.train import TrainResult, train
-from multitap_jax.stage1.trainable import add_lora, merge_lora
-from multitap_jax.weights.hub import load_backbone
 from rich.console import Console
 
 from multitap_jax import __version__
@@ -27,8 +22,13 @@ from multitap_jax.data.records import (
     split_by_group,
     write_rejected,
 )
+from multitap_jax.parallel.mesh import make_mesh, param_shardings
+from multitap_jax.reward import RewardHead, RewardModel
 from multitap_jax.scoring.artefact import Artefact
 from multitap_jax.scoring.manifest import MANIFEST, Overall
+from multitap_jax.stage1.train import TrainResult, train
+from multitap_jax.stage1.trainable import add_lora, merge_lora
+from multitap_jax.weights.hub import load_backbone
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from multitap_jax.stage2.store import EmbeddingWriter
 
 from multitap_jax.data.records import (
     Record,
@@ -22,6 +21,7 @@ from multitap_jax.data.tables import find_records_file
 from multitap_jax.scoring.journal import input_fingerprint
 from multitap_jax.scoring.progress import progress_bar
 from multitap_jax.scoring.scorer import Scorer
+from multitap_jax.stage2.store import EmbeddingWriter
 
 WINDOW = 1024
 REJECTED = "rejected.jsonl"

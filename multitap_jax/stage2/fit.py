@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from multitap_jax.stage2.head import RidgeHead
-from multitap_jax.stage2.store import EmbeddingStore
 from rich.console import Console
 
 from multitap_jax.data.records import check_rejected_share, iter_records
@@ -15,6 +13,8 @@ from multitap_jax.scoring.manifest import Objective
 from multitap_jax.scoring.progress import progress_bar
 from multitap_jax.scoring.scorer import Scorer
 from multitap_jax.stage2.embed import embed_stream, scan
+from multitap_jax.stage2.head import RidgeHead
+from multitap_jax.stage2.store import EmbeddingStore
 
 
 class Ranges:
