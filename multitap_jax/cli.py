@@ -55,7 +55,7 @@ def parse(verb: str, argv: Sequence[str]) -> flags.FlagValues:
 def _flag_help(values: flags.FlagValues) -> str:
     return "\n".join(
         f"  --{name}: {flag.help}" + ("" if flag.default in (None, "", False) else f" (default: {flag.default})")
-        for name, flag in sorted(((name, values[name]) for name in values)
+        for name, flag in sorted((name, values[name]) for name in values)
     )
 
 

@@ -57,7 +57,7 @@ class Vision:
 def group_examples(
     examples: Sequence[Example], grids: Mapping[Hashable, tuple[int, int]], vision: Vision
 ) -> tuple[list[Group], list[np.ndarray]]:
-    """Groups pairs that share images and prompt, in order of first appearance; returns the groups and their prefixes."""
+    """Groups pairs that share images and prompt, in order of first appearance; also returns each group's prefix."""
     found: dict[tuple, int] = {}
     texts: list[list[tuple[int, int]]] = []
     prefixes: list[np.ndarray] = []

@@ -70,9 +70,7 @@ def prepare(
 
     Images are identified by a hash of the file's bytes, so copies of one picture are one image.
     """
-    encoded = prompter.encode(
-        [r.text for r in records], [r.request for r in records], [len(r.images) for r in records]
-    )
+    encoded = prompter.encode([r.text for r in records], [r.request for r in records], [len(r.images) for r in records])
     out = Prepared([], [], {}, {}, [])
     known: dict[Path, Hashable] = {}
     for record, item in zip(records, encoded, strict=True):

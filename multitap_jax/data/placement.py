@@ -15,7 +15,7 @@ class PackingError(ValueError):
 
 
 class Group(NamedTuple):
-    """Texts that share a prefix: its length with image tokens expanded, its image keys, (record, length) of each text."""
+    """Texts that share a prefix: its length, image tokens expanded; its image keys; (record, length) of each text."""
 
     prefix: int
     images: tuple[Hashable, ...]

@@ -60,7 +60,7 @@ FORMATS = {"qwen2_vl": QWEN2_VL}
 
 
 class Encoded(NamedTuple):
-    """Token ids of one pair: `prefix` int32[p] with one placeholder an image, `text` int32[t], closing tokens included."""
+    """Token ids of a pair: `prefix` int32[p], one placeholder an image; `text` int32[t], closing tokens included."""
 
     prefix: np.ndarray
     text: np.ndarray
@@ -163,5 +163,5 @@ class Prompter:
         ]
 
     def shorten(self, text: np.ndarray, room: int) -> np.ndarray:
-        """Cuts the tail of `text` to `room` tokens; its closing tokens stay, so the pooled token is of the same kind."""
+        """Cuts the tail of `text` to `room` tokens; its closing tokens stay, so the same kind of token is pooled."""
         return np.concatenate([text[: max(room - len(self.closing), 0)], self.closing])

@@ -184,9 +184,7 @@ class StreamPacker:
             batch = pack(examples, images, part, prefixes[first:last], cells, shape, self._vision)
             yield batch._replace(record=lookup[batch.record])
 
-    def _bounded(
-        self, groups: Sequence[Group], prefixes: Sequence[np.ndarray]
-    ) -> tuple[list[Group], list[np.ndarray]]:
+    def _bounded(self, groups: Sequence[Group], prefixes: Sequence[np.ndarray]) -> tuple[list[Group], list[np.ndarray]]:
         """Splits groups that alone exceed a batch (an image with thousands of texts)."""
         out: list[tuple[Group, np.ndarray]] = []
         for group, prefix in zip(groups, prefixes, strict=True):

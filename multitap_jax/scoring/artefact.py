@@ -15,11 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from multitap_jax.reward import RewardHead, RewardModel
-from multitap_jax.stage2.head import RidgeHead
 from safetensors.numpy import save as tensors_to_bytes
 
 from multitap_jax.data.processing import Contract
+from multitap_jax.reward import RewardHead, RewardModel
 from multitap_jax.scoring.files import (
     file_hash,
     json_bytes,
@@ -39,6 +38,7 @@ from multitap_jax.scoring.manifest import (
     check_objectives,
     read_manifest,
 )
+from multitap_jax.stage2.head import RidgeHead
 from multitap_jax.weights.files import read_file, read_json, read_tensors
 from multitap_jax.weights.hub import load_backbone, save_backbone
 

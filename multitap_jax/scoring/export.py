@@ -11,10 +11,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from multitap_jax.reward import RewardHead, RewardModel
 from safetensors.numpy import save_file
 
 from multitap_jax.data.processing import Contract
+from multitap_jax.reward import RewardHead, RewardModel
 from multitap_jax.scoring.artefact import CONFIG, Artefact, companion_files
 from multitap_jax.scoring.files import json_bytes, new_folder, tensor_hash
 from multitap_jax.scoring.manifest import HEADS, MANIFEST, ArtefactError

@@ -22,19 +22,19 @@ import numpy as np
 import scipy.special
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from multitap_jax.parallel.mesh import param_shardings
-from multitap_jax.reward import RewardModel
-from multitap_jax.stage2.head import RidgeHead
 
 from multitap_jax.backbones import Execution
 from multitap_jax.batch import PackedBatch
 from multitap_jax.data.processing import Processing
 from multitap_jax.data.stream import Pair, StreamPacker
+from multitap_jax.parallel.mesh import param_shardings
+from multitap_jax.reward import RewardModel
 from multitap_jax.scoring.artefact import Artefact
 from multitap_jax.scoring.pairs import Source, make_pairs
 from multitap_jax.scoring.progress import progress_bar
 from multitap_jax.scoring.readahead import read_ahead
 from multitap_jax.scoring.results import Embeddings, Ranking, Results, Scores
+from multitap_jax.stage2.head import RidgeHead
 
 IN_FLIGHT = 2  # batches on the device before the host waits for the first
 WINDOW = 256  # pairs whose pictures are in memory at once

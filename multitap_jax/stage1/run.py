@@ -156,7 +156,7 @@ def _dataset(
 
 
 def _model(config: TrainConfig, base: Path, mesh: jax.sharding.Mesh) -> RewardModel:
-    """Backbone and head on the mesh: an artefact keeps its trained head, a plain model gets the official initial one."""
+    """Backbone and head on the mesh: an artefact keeps its trained head, a plain model gets a new one."""
     if (base / MANIFEST).is_file():
         _, model, _ = Artefact.load(base)
     else:

@@ -17,7 +17,9 @@ def define_flags(values: flags.FlagValues) -> None:
     input_flags(values)
     flags.DEFINE_string("scores", None, "Scores (JSONL). Required.", flag_values=values)
     flags.DEFINE_string("output", None, "Folder for metrics.json and plots.", flag_values=values)
-    flags.DEFINE_string("target", "score", '"score" or "ratings.NAME": what overall is compared with.', flag_values=values)
+    flags.DEFINE_string(
+        "target", "score", '"score" or "ratings.NAME": what overall is compared with.', flag_values=values
+    )
     flags.DEFINE_list("target_range", ["0", "1"], "Values of the target that mean 0 and 1.", flag_values=values)
     flags.DEFINE_integer("bootstrap", 1000, "Bootstrap samples.", flag_values=values)
     flags.mark_flag_as_required("scores", flag_values=values)

@@ -16,7 +16,9 @@ def define_flags(values: flags.FlagValues) -> None:
     input_flags(values)
     model_flags(values)
     flags.DEFINE_string("output", None, "Where the scores go (JSONL). Required.", flag_values=values)
-    flags.DEFINE_integer("window", 1024, "Records that are read, grouped by image and written at once.", flag_values=values)
+    flags.DEFINE_integer(
+        "window", 1024, "Records that are read, grouped by image and written at once.", flag_values=values
+    )
     flags.mark_flag_as_required("output", flag_values=values)
 
 

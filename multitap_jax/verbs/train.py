@@ -3,7 +3,7 @@
   multitap train --config=configs/official_effective.py --workdir=run \\
       --config.model.checkpoint=Qwen2-VL-2B-Instruct --config.data.train=polaris/train.jsonl
 
-A config file's `get_config()` returns the settings of multitap_jax/config.py; --config.SECTION.NAME=VALUE overrides one.
+A config file's `get_config()` returns the settings of multitap_jax/config.py; --config.SECTION.NAME=VALUE overrides.
 The run writes to --workdir: config.json, metrics.jsonl, rejected.jsonl, checkpoints/, and at the end artefact/, which
 `score`, `embed`, `fit` and `export` take as --checkpoint. The same command resumes after any interruption.
 """

@@ -46,7 +46,9 @@ def alone(example, images, mode="mrope"):
     grids = [tuple(n // 2 for n in images[key].grid) for key in example.images]
     tokens, positions, cell, start = expand_prefix(example.prefix, IMAGE, grids, mode)
     at = np.repeat(np.arange(start, start + len(example.text))[:, None], 3, axis=1)
-    pixels = np.concatenate([images[key].patches.reshape(-1, 4, 12) for key in example.images] or [np.zeros((0, 4, 12))])
+    pixels = np.concatenate(
+        [images[key].patches.reshape(-1, 4, 12) for key in example.images] or [np.zeros((0, 4, 12))]
+    )
     seen = [pixels[c] if c >= 0 else None for c in [*cell, *[-1] * len(example.text)]]
     return np.concatenate([tokens, example.text]), np.concatenate([positions, at]), seen
 

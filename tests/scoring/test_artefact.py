@@ -239,7 +239,9 @@ def test_every_wrong_head_is_listed(artefact):
     rewrite(artefact / "heads.safetensors", change)
     heads = tensor_hash([artefact / "heads.safetensors"])
     edit(artefact / "multitap.json", lambda content: content["hashes"].update(heads=heads))
-    with pytest.raises(ArtefactError, match=r"reward_head\.bias: missing.*; ridge\.coef: \(1, 32\), expected \(2, 32\)"):
+    with pytest.raises(
+        ArtefactError, match=r"reward_head\.bias: missing.*; ridge\.coef: \(1, 32\), expected \(2, 32\)"
+    ):
         Artefact.load(artefact)
 
 

@@ -8,9 +8,9 @@ from PIL import Image
 
 from multitap_jax.backbones import Execution
 from multitap_jax.batch import PackedBatch
+from multitap_jax.config import MeshConfig
 from multitap_jax.data.processing import Processing
 from multitap_jax.parallel.mesh import make_mesh
-from multitap_jax.config import MeshConfig
 from multitap_jax.scoring.artefact import Artefact
 from multitap_jax.scoring.readahead import read_ahead
 from multitap_jax.scoring.results import ScoringError
