@@ -6,16 +6,15 @@ and what it says about itself is checked when it is read.
 """
 
 import dataclasses
-import json
+import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as tensors_to_bytes
 
 from multitap_jax.data.processing import Contract
@@ -23,9 +22,7 @@ from multitap_jax.reward import RewardHead, RewardModel
 from multitap_jax.scoring.files import (
     file_hash,
     json_bytes,
-    load_matching,
     new_folder,
-    tensor_dtypes,
     tensor_hash,
     write_atomic,
 )
@@ -42,6 +39,7 @@ from multitap_jax.scoring.manifest import (
     read_manifest,
 )
 from multitap_jax.stage2.head import RidgeHead
+from multitap_jax.weights.files import read_file, read_json, read_tensors
 from multitap_jax.weights.hub import load_backbone, save_backbone
 
 CONFIG = "config.json"
@@ -158,8 +156,8 @@ class Artefact:
                 ridge=ridge.metadata() if ridge is not None else None,
                 backbone=BackboneSource(config["model_type"], source or base.name, revision),
                 hashes=Hashes(
-                    model=tensor_hash(model_files(new)),
-                    heads=tensor_hash([new / HEADS]),
+                    model=tensor_hash(read_tensors(new)),
+                    heads=tensor_hash(read_file(new / HEADS)),
                     files={path.name: file_hash(path) for path in [new / CONFIG, *companion_files(new)]},
                 ),
                 provenance=dict(provenance or {}),
@@ -191,7 +189,7 @@ class Artefact:
 
     def verify(self) -> "Artefact":
         """Itself, after reading all weights and comparing them with their hash; raises ArtefactError."""
-        if _hash(model_files(self.folder)) != self.model_hash:
+        if tensor_hash(read_tensors(self.folder)) != self.model_hash:
             raise ArtefactError(
                 f"{self.folder}: the weights in model*.safetensors are not those that were saved; restore them from "
                 "the original artefact, or save them as a new one with Artefact.save"
@@ -218,7 +216,7 @@ class Artefact:
     def head_arrays(self) -> dict[str, np.ndarray]:
         """float32: reward_head.weight [1, H], .bias [1]; ridge.coef [T, H], .intercept [T], .alpha [T] if fitted."""
         path = self.heads_file()
-        arrays = load_tensors(path.read_bytes())
+        arrays = {name: np.array(tensor) for name, tensor in read_file(path).items()}
         hidden = hidden_size(_read_config(self.folder))
         targets = len(self.manifest.objectives)
         expected = {"reward_head.weight": (1, hidden), "reward_head.bias": (1,)}
@@ -247,7 +245,7 @@ class Artefact:
             self.manifest,
             objectives=_checked_objectives(head, objectives),
             ridge=head.metadata(),
-            hashes=dataclasses.replace(self.manifest.hashes, heads=tensor_hash([waiting])),
+            hashes=dataclasses.replace(self.manifest.hashes, heads=tensor_hash(read_file(waiting))),
         )
         write_atomic(self.folder / MANIFEST, json_bytes(manifest.to_json()))
         waiting.replace(self.folder / HEADS)
@@ -264,11 +262,6 @@ def companion_files(folder: Path) -> list[Path]:
     return sorted({path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()})
 
 
-def model_files(folder: Path) -> list[Path]:
-    """The backbone's safetensors files, sorted by name."""
-    return sorted(folder.glob("model*.safetensors"))
-
-
 def output_embedding(folder: Path, config: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The output embedding of a folder whose config does not tie it to the input embedding; {} where there is none.
 
@@ -276,7 +269,7 @@ def output_embedding(folder: Path, config: Mapping[str, Any]) -> dict[str, np.nd
     """
     if {**config.get("text_config", {}), **config}.get("tie_word_embeddings", False):
         return {}
-    return load_matching(model_files(folder), OUTPUT_EMBEDDING)
+    return {name: tensor for name, tensor in read_tensors(folder).items() if re.fullmatch(OUTPUT_EMBEDDING, name)}
 
 
 def _check_is_artefact(folder: Path) -> None:
@@ -289,7 +282,7 @@ def _check_is_artefact(folder: Path) -> None:
             f"{folder}: neither {MANIFEST} nor {CONFIG} is here, so this is no saved model; give the folder that "
             "training or an export wrote"
         )
-    if any(name.startswith(("backbone_model.", "reward_head.")) for name in tensor_dtypes(model_files(folder))):
+    if any(name.startswith(("backbone_model.", "reward_head.")) for name in read_tensors(folder)):
         raise ArtefactError(
             f"{folder}: weights in the official layout, without {MANIFEST}; turn them into an artefact first: "
             "multitap_jax.scoring.import_official(folder, out)"
@@ -301,15 +294,9 @@ def _check_is_artefact(folder: Path) -> None:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ArtefactError(f"{path}: not here; give the folder of a Hugging Face model") from None
-    except ValueError as error:
-        raise ArtefactError(f"{path}: not valid JSON ({error}); restore the file") from error
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise ArtefactError(f"{path}: model_type is missing; restore the file")
+    config = read_json(folder / CONFIG)
+    if "model_type" not in config:
+        raise ArtefactError(f"{folder / CONFIG}: model_type is missing; restore the file")
     return config
 
 
@@ -335,13 +322,6 @@ def _checked_objectives(ridge: RidgeHead | None, objectives: Sequence[Objective]
     return tuple(objectives)
 
 
-def _hash(paths: Iterable[Path]) -> str:
-    try:
-        return tensor_hash(paths)
-    except (OSError, ValueError) as error:
-        raise ArtefactError(str(error)) from error
-
-
 def _waiting(folder: Path) -> Path:
     return folder / f".{HEADS}.new"
 
@@ -354,7 +334,7 @@ def _heads_file(folder: Path, stated: str) -> Path:
             f"{folder / HEADS}: not here; restore it from the original artefact, there is no random head"
         )
     for path in present:
-        if _hash([path]) == stated:
+        if tensor_hash(read_file(path)) == stated:
             return path
     raise ArtefactError(
         f"{folder / HEADS}: was edited or damaged (its sha256 is not that of {MANIFEST}); restore it from the original "

@@ -11,17 +11,17 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from multitap_jax.data.processing import Contract
 from multitap_jax.reward import RewardHead, RewardModel
-from multitap_jax.scoring.artefact import CONFIG, Artefact, companion_files, model_files
-from multitap_jax.scoring.files import file_hash, json_bytes, load_matching, new_folder, tensor_dtypes
+from multitap_jax.scoring.artefact import CONFIG, Artefact, companion_files
+from multitap_jax.scoring.files import json_bytes, new_folder, tensor_hash
 from multitap_jax.scoring.manifest import HEADS, MANIFEST, ArtefactError
+from multitap_jax.weights.files import INDEX, read_tensors, weight_files, write_folder
 from multitap_jax.weights.hub import load_backbone
 
 PREFIX = "backbone_model."
-INDEX = "model.safetensors.index.json"
 HEADS_JSON = "heads.json"
 # What a reader of `export_heads` has to do, for h float32[N, H] as `Scorer.embed` gives it.
 USAGE = (
@@ -64,8 +64,9 @@ def export_artefact(
         )
     artefact = Artefact.open(folder).verify()
     with new_folder(Path(out), replaceable=_replaceable(overwrite, MANIFEST)) as new:
-        index = [path for path in [artefact.folder / INDEX] if path.is_file()]
-        for path in [*_carried(artefact.folder), *model_files(artefact.folder), *index, artefact.folder / MANIFEST]:
+        weights = [artefact.folder / name for name in weight_files(artefact.folder)]
+        index = [artefact.folder / INDEX] if len(weights) > 1 else []
+        for path in [*_carried(artefact.folder), *weights, *index, artefact.folder / MANIFEST]:
             shutil.copyfile(path, new / path.name)
         shutil.copyfile(artefact.heads_file(), new / HEADS)
         Artefact.open(new).verify()
@@ -94,8 +95,10 @@ def export_heads(folder: str | Path, out: str | Path, *, overwrite: bool = False
     return Path(out)
 
 
-def export_official(folder: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
-    """Writes the layout the official PyTorch code reads; values and dtypes stay, one file is in memory at a time.
+def export_official(
+    folder: str | Path, out: str | Path, *, max_shard_bytes: int = 5 << 30, overwrite: bool = False
+) -> Path:
+    """Writes the layout the official PyTorch code reads; values and types stay, one tensor is in memory at a time.
 
     An output embedding goes along where the artefact has one of its own. Ridge heads have no place in this layout.
     """
@@ -103,22 +106,15 @@ def export_official(folder: str | Path, out: str | Path, *, overwrite: bool = Fa
     heads = artefact.head_arrays()
 
     def replaceable(old: Path) -> bool:
-        return overwrite and any(name.startswith(PREFIX) for name in tensor_dtypes(model_files(old)))
+        return overwrite and any(name.startswith(PREFIX) for name in read_tensors(old))
 
     with new_folder(Path(out), replaceable=replaceable) as new:
         for path in _carried(artefact.folder):
             shutil.copyfile(path, new / path.name)
-        files = model_files(artefact.folder)
-        where: dict[str, str] = {}
-        size = 0
-        for path in files:
-            tensors = {PREFIX + name: tensor for name, tensor in load_file(path).items()}
-            if path == files[-1]:
-                tensors |= {name: heads[name] for name in ("reward_head.weight", "reward_head.bias")}
-            save_file(tensors, new / path.name, metadata={"format": "pt"})
-            where |= dict.fromkeys(tensors, path.name)
-            size += sum(tensor.nbytes for tensor in tensors.values())
-        (new / INDEX).write_bytes(json_bytes({"metadata": {"total_size": size}, "weight_map": where}))
+        tensors = {PREFIX + name: tensor for name, tensor in read_tensors(artefact.folder).items()}
+        tensors |= {name: heads[name] for name in ("reward_head.weight", "reward_head.bias")}
+        headers = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+        write_folder(new, headers, tensors.items(), max_shard_bytes)
     return Path(out)
 
 
@@ -146,22 +142,21 @@ def import_official(
     folder = Path(folder)
     base = folder if base is None else Path(base)
     head = _official_head(folder)
-    dtypes = set(tensor_dtypes(model_files(folder)).values())
-    dtype = jnp.bfloat16 if dtypes <= {"BF16", "F32"} and "BF16" in dtypes else jnp.float32
-    backbone = load_backbone(folder, param_dtype=dtype, prefix=PREFIX)
+    dtypes = {tensor.dtype for name, tensor in read_tensors(folder).items() if name.startswith(PREFIX)}
+    backbone = load_backbone(folder, param_dtype=dtypes.pop() if len(dtypes) == 1 else jnp.float32, prefix=PREFIX)
     return Artefact.save(
         out,
         RewardModel(backbone, head),
         base=base,
         contract=contract or Contract(position_mode="flat"),
         source=folder.name,
-        provenance={"imported": {"layout": "official", "files": {p.name: file_hash(p) for p in model_files(folder)}}},
+        provenance={"imported": {"layout": "official", "model_hash": tensor_hash(read_tensors(folder))}},
         overwrite=overwrite,
     )
 
 
 def _official_head(folder: Path) -> RewardHead:
-    found = load_matching(model_files(folder), r"reward_head\..*")
+    found = {name: tensor for name, tensor in read_tensors(folder).items() if name.startswith("reward_head.")}
     weight, bias = found.get("reward_head.weight"), found.get("reward_head.bias")
     if weight is None or bias is None or weight.ndim != 2 or weight.shape[0] != 1 or bias.shape != (1,):
         shapes = {name: array.shape for name, array in found.items()} or "no reward_head.* in model*.safetensors"

@@ -4,16 +4,14 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
 
 
 def canonical_hash(value: Any) -> str:
@@ -28,63 +26,19 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def tensor_hash(paths: Iterable[Path]) -> str:
-    """sha256 (hex) over the name, dtype, shape and bytes of every tensor in some safetensors files.
+def tensor_hash(tensors: Mapping[str, np.ndarray]) -> str:
+    """sha256 (hex) over the name, type, shape and bytes of every tensor, whatever files they are in.
 
-    The same tensors give the same hash however they are cut into files. Files are mapped, not read into memory, and
-    tensors are hashed side by side (hashlib lets go of the interpreter lock).
-
-    Raises:
-      ValueError: for a file that is no whole safetensors file (the message names it), or a tensor present twice.
+    Mapped tensors (`weights.files.read_tensors`) are never in memory as a whole; several are hashed at a time, since
+    hashlib lets go of the interpreter lock.
     """
-    tensors: dict[str, tuple[str, list[int], np.ndarray]] = {}
-    for path in sorted(paths):
-        for name, dtype, shape, data in _mapped_tensors(path):
-            if name in tensors:
-                raise ValueError(f"{path}: tensor {name} is in two files of the folder; remove the stale one")
-            tensors[name] = (dtype, shape, data)
-    names = sorted(tensors)
+
+    def digest(name: str) -> list[Any]:
+        data = np.ascontiguousarray(tensors[name])
+        return [name, data.dtype.name, data.shape, hashlib.sha256(data.reshape(-1).view(np.uint8).data).hexdigest()]
+
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        digests = list(pool.map(lambda name: hashlib.sha256(tensors[name][2].data).hexdigest(), names))
-    return canonical_hash([[name, *tensors[name][:2], digest] for name, digest in zip(names, digests, strict=True)])
-
-
-def tensor_dtypes(paths: Iterable[Path]) -> dict[str, str]:
-    """Name -> dtype, as safetensors spells it, of all tensors in some files; only headers are read."""
-    return {name: dtype for path in paths for name, dtype, *_ in _mapped_tensors(path)}
-
-
-def load_matching(paths: Iterable[Path], pattern: str) -> dict[str, np.ndarray]:
-    """The tensors whose whole name matches a regular expression; nothing else is read."""
-    found: dict[str, np.ndarray] = {}
-    for path in paths:
-        names = [name for name, *_ in _mapped_tensors(path) if re.fullmatch(pattern, name)]
-        if names:
-            with safe_open(path, framework="numpy") as file:
-                found |= {name: file.get_tensor(name) for name in names}
-    return found
-
-
-def _mapped_tensors(path: Path) -> list[tuple[str, str, list[int], np.ndarray]]:
-    """(name, dtype, shape, uint8[bytes]) of each tensor: 8 bytes of header length, the JSON header, then the data."""
-    size = path.stat().st_size
-    if size < 8:
-        raise ValueError(f"{path}: not a safetensors file ({size} bytes); copy it again")
-    data = np.memmap(path, np.uint8, "r")
-    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-    try:
-        header = json.loads(data[8:start].tobytes())
-        entries = [
-            (name, entry["dtype"], entry["shape"], *entry["data_offsets"])
-            for name, entry in header.items()
-            if name != "__metadata__"
-        ]
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: the safetensors header is damaged ({error}); copy the file again") from error
-    end = start + max((stop for *_, stop in entries), default=0)
-    if end != size:
-        raise ValueError(f"{path}: {size} bytes, but its header says {end}; it is cut off or damaged, copy it again")
-    return [(name, dtype, shape, data[start + first : start + stop]) for name, dtype, shape, first, stop in entries]
+        return canonical_hash(list(pool.map(digest, sorted(tensors))))
 
 
 def sync_folder(folder: Path) -> None:

@@ -6,14 +6,14 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import nnx
-from multitap_jax.reward import RewardHead, RewardModel
-from multitap_jax.stage2.head import RidgeHead
 from PIL import Image
 
 from multitap_jax.backbones import from_config
 from multitap_jax.data.processing import Contract
+from multitap_jax.reward import RewardHead, RewardModel
 from multitap_jax.scoring.artefact import Artefact
 from multitap_jax.scoring.manifest import Objective, Overall
+from multitap_jax.stage2.head import RidgeHead
 from multitap_jax.weights.hub import save_backbone
 from tests.tiny_tokenizer import tiny_tokenizer
 
