@@ -1,0 +1,208 @@
+"""One entry to attention, one mask rule, several backends.
+
+The rule is the one of `batch.py`: query `q` sees key `k` of its row when
+
+    segment[q] > 0  and  (segment[k] == segment[q] or segment[k] == prefix[q])  and  (k <= q, where causal)
+
+Every backend honours exactly this rule or refuses. A query that sees nothing (padding) gets a finite value and a zero
+or finite gradient, never NaN. Scores and softmax are float32 whatever the type of the inputs.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from multitap_jax.backbones.layers import matmul_precision
+
+# Finite, so that a row without any visible key stays finite; far below every real score.
+MASKED_SCORE = -1e30
+# Keys and queries a step of the blockwise backend: its scores take B * A * BLOCK^2 floats at a time.
+BLOCK = 512
+
+
+class UnsupportedAttentionError(ValueError):
+    """The attention backend does not exist or cannot honour the mask rule."""
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("segment", "prefix", "mask"), meta_fields=("causal", "backend")
+)
+@dataclasses.dataclass(frozen=True)
+class Visibility:
+    """Who sees whom, prepared once a forward pass and shared by all layers of a stack.
+
+    Attributes:
+      segment: int32[B, S], run of each token, 0 for padding.
+      prefix: int32[B, S], the other run it sees.
+      mask: bool[B, S, S] (query, key) for a backend that reads the whole mask, None for the others.
+      causal: whether a key may not come after its query.
+      backend: name of the backend that computes attention under it.
+    """
+
+    segment: jax.Array
+    prefix: jax.Array
+    mask: jax.Array | None
+    causal: bool
+    backend: str
+
+
+def visible(
+    segment_q: jax.Array,
+    prefix_q: jax.Array,
+    column_q: jax.Array,
+    segment_k: jax.Array,
+    column_k: jax.Array,
+    causal: bool,
+) -> jax.Array:
+    """The mask rule: bool[B, Sq, Sk] from int32[B, Sq] and int32[B, Sk] ids and the columns int32[Sq], int32[Sk]."""
+    segment_q, prefix_q = segment_q[:, :, None], prefix_q[:, :, None]
+    segment_k = segment_k[:, None, :]
+    seen = (segment_q > 0) & ((segment_k == segment_q) | (segment_k == prefix_q))
+    if causal:
+        seen &= (column_k[None, :] <= column_q[:, None])[None]
+    return seen
+
+
+def make_visibility(
+    segment: jax.Array, prefix: jax.Array | None = None, *, causal: bool, backend: str = "dense"
+) -> Visibility:
+    """Prepares the mask for `attention`.
+
+    Args:
+      segment: int32[B, S], run ids; 0 is padding.
+      prefix: int32[B, S], id of the other run a token sees; None when it sees only its own.
+      causal: whether keys after the query are hidden.
+      backend: a name of `BACKENDS`.
+
+    Raises:
+      UnsupportedAttentionError: there is no such backend.
+    """
+    check_backend(backend)
+    prefix = segment if prefix is None else prefix
+    mask = None
+    if backend == "dense":
+        column = jnp.arange(segment.shape[1])
+        mask = visible(segment, prefix, column, segment, column, causal)
+    return Visibility(segment, prefix, mask, causal, backend)
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility) -> jax.Array:
+    """Scaled dot-product attention with grouped keys and values; query head a uses key head a // (A / G).
+
+    Args:
+      q: [B, S, A, D].
+      k: [B, S, G, D], with A a multiple of G; keys are never repeated in memory.
+      v: [B, S, G, D].
+      visibility: from `make_visibility`.
+
+    Returns:
+      [B, S, A, D] in the type of `q`.
+    """
+    rows, length, heads, dim = q.shape
+    groups = k.shape[2]
+    q = q.reshape(rows, length, groups, heads // groups, dim)
+    out = BACKENDS[visibility.backend](q, k, v, visibility)
+    return out.reshape(rows, length, heads, dim).astype(q.dtype)
+
+
+def check_backend(backend: str) -> None:
+    """Raises UnsupportedAttentionError unless `backend` is known."""
+    if backend not in BACKENDS:
+        raise UnsupportedAttentionError(f"attention = {backend!r} is no backend; known: {', '.join(sorted(BACKENDS))}")
+
+
+def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
+    """Scaled scores float32[B, G, Q, Sq, Sk] of queries [B, Sq, G, Q, D] and keys [B, Sk, G, D]; Q = A / G."""
+    precision = matmul_precision(q.dtype)
+    scores = jnp.einsum("bsgqd,btgd->bgqst", q, k, preferred_element_type=jnp.float32, precision=precision)
+    return scores * q.shape[-1] ** -0.5
+
+
+def _mix(weights: jax.Array, v: jax.Array) -> jax.Array:
+    """float32[B, Sq, G, Q, D] from weights [B, G, Q, Sq, Sk] and values [B, Sk, G, D]."""
+    return jnp.einsum(
+        "bgqst,btgd->bsgqd",
+        weights.astype(v.dtype),
+        v,
+        preferred_element_type=jnp.float32,
+        precision=matmul_precision(v.dtype),
+    )
+
+
+def _dense(q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility) -> jax.Array:
+    assert visibility.mask is not None
+    scores = jnp.where(visibility.mask[:, None, None], _scores(q, k), MASKED_SCORE)
+    return _mix(jax.nn.softmax(scores, axis=-1), v)
+
+
+def _blockwise(q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility) -> jax.Array:
+    """Online softmax over blocks of keys, for one block of queries after another (Milakov & Gimelshein 2018).
+
+    Both scan bodies are rematerialised, so the backward pass too holds one block of scores at a time and, for one block
+    of queries, the running sums after each block of keys: memory grows linearly with S.
+    """
+    length = q.shape[1]
+    size = min(BLOCK, length)
+    count = -(-length // size)
+
+    def split(x: jax.Array) -> jax.Array:  # [B, S, ...] -> [count, B, size, ...], the tail padded with segment 0
+        x = jnp.pad(x, [(0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], count, size, *x.shape[2:]), 1, 0)
+
+    segment, prefix = split(visibility.segment), split(visibility.prefix)
+    keys = (jnp.arange(count), split(k), split(v), segment)
+
+    @jax.checkpoint
+    def query_block(carry, block):
+        del carry
+        index_q, q_block, segment_q, prefix_q = block
+
+        def attend(sums, key_block):
+            index_k, k_block, v_block, segment_k = key_block
+            columns = jnp.arange(size)
+            mask = visible(
+                segment_q, prefix_q, index_q * size + columns, segment_k, index_k * size + columns, visibility.causal
+            )
+            return _accumulate(sums, q_block, k_block, v_block, mask)
+
+        @jax.checkpoint
+        def key_step(sums, key_block):
+            if visibility.causal:  # a block of keys after all queries adds nothing
+                return jax.lax.cond(key_block[0] <= index_q, attend, lambda sums, _: sums, sums, key_block), None
+            return attend(sums, key_block), None
+
+        _, total, mixed = jax.lax.scan(key_step, _empty_sums(q_block), keys)[0]
+        total = jnp.where(total > 0, total, jnp.ones_like(total))  # a query that sees nothing gets zeros
+        return None, mixed / jnp.moveaxis(total, 3, 1)[..., None]
+
+    _, out = jax.lax.scan(query_block, None, (jnp.arange(count), split(q), segment, prefix))
+    out = jnp.moveaxis(out, 0, 1)
+    return out.reshape(out.shape[0], count * size, *out.shape[3:])[:, :length]
+
+
+Sums = tuple[jax.Array, jax.Array, jax.Array]  # running maximum and total [B, G, Q, Sq], mixed values [B, Sq, G, Q, D]
+
+
+def _empty_sums(q: jax.Array) -> Sums:
+    rows, length, groups, queries, _ = q.shape
+    shape = (rows, groups, queries, length)
+    return jnp.full(shape, MASKED_SCORE, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros(q.shape, jnp.float32)
+
+
+def _accumulate(sums: Sums, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> Sums:
+    highest, total, mixed = sums
+    mask = mask[:, None, None]
+    scores = jnp.where(mask, _scores(q, k), MASKED_SCORE)
+    # The result does not depend on the shift, so no gradient needs to flow through the maximum.
+    raised = jax.lax.stop_gradient(jnp.maximum(highest, scores.max(axis=-1)))
+    weights = jnp.where(mask, jnp.exp(scores - raised[..., None]), 0.0)
+    shrink = jnp.exp(jax.lax.stop_gradient(highest) - raised)
+    mixed = mixed * jnp.moveaxis(shrink, 3, 1)[..., None] + _mix(weights, v)
+    return raised, total * shrink + weights.sum(axis=-1), mixed
+
+
+Backend = Callable[[jax.Array, jax.Array, jax.Array, Visibility], jax.Array]
+BACKENDS: dict[str, Backend] = {"dense": _dense, "blockwise": _blockwise}

@@ -1,0 +1,136 @@
+"""The parts that decoder and vision layers are made of; each computes in the type of its input.
+
+Every parameter is an `nnx.Param` with one logical axis name a dimension (`axes`). A module built with `stack=L` holds the
+parameters of L equal layers along a leading "layers" axis; `jax.lax.scan` over it hands out one layer at a time.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+Axis = str | None
+
+
+def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision:
+    """float32 products are true float32 also on chips whose default is a shorter type; bfloat16 stays native."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+def param(value: jax.Array, axes: tuple[Axis, ...]) -> nnx.Param:
+    """An `nnx.Param` that carries its logical axis names; raises ValueError unless there is one a dimension."""
+    if len(axes) != value.ndim:
+        raise ValueError(f"a parameter of shape {value.shape} needs {value.ndim} axis names, got {axes}")
+    return nnx.Param(value, axes=axes)
+
+
+def _stacked(shape: tuple[int, ...], axes: tuple[Axis, ...], stack: int | None) -> tuple[tuple, tuple[Axis, ...]]:
+    return (shape, axes) if stack is None else ((stack, *shape), ("layers", *axes))
+
+
+class Linear(nnx.Module):
+    """y = x @ kernel + bias + (x @ lora_a) @ lora_b * lora_scale, with kernel [in, out].
+
+    `lora_a` [in, r], `lora_b` [r, out] and `lora_scale` are None until adapters are added from outside. With `stack=L`
+    each parameter has a leading L.
+    """
+
+    def __init__(
+        self,
+        axes: tuple[Axis, Axis],
+        shape: tuple[int, int],
+        *,
+        bias: bool,
+        rngs: nnx.Rngs,
+        param_dtype: jnp.dtype,
+        stack: int | None = None,
+    ):
+        kernel_shape, kernel_axes = _stacked(shape, axes, stack)
+        bias_shape, bias_axes = _stacked(shape[1:], axes[1:], stack)
+        kernel = jax.random.normal(rngs.params(), kernel_shape, param_dtype) * jnp.asarray(0.02, param_dtype)
+        self.kernel = param(kernel, kernel_axes)
+        self.bias = nnx.data(param(jnp.zeros(bias_shape, param_dtype), bias_axes) if bias else None)
+        self.lora_a: nnx.Param | None = nnx.data(None)
+        self.lora_b: nnx.Param | None = nnx.data(None)
+        self.lora_scale: float | None = None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., in] -> [..., out] in the type of `x`."""
+        y = _matmul(x, self.kernel[...])
+        if self.bias is not None:
+            y = y + _spread(self.bias[...].astype(x.dtype), y.ndim)
+        if self.lora_a is not None and self.lora_b is not None:
+            low = _matmul(_matmul(x, self.lora_a[...]), self.lora_b[...])
+            y = y + low * jnp.asarray(self.lora_scale, x.dtype)
+        return y
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * scale over the last dimension, in float32."""
+
+    def __init__(self, size: int, eps: float, *, param_dtype: jnp.dtype, stack: int | None = None):
+        shape, axes = _stacked((size,), ("embed",), stack)
+        self.scale = param(jnp.ones(shape, param_dtype), axes)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., H] -> [..., H] in the type of `x`."""
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return (wide * _spread(self.scale[...].astype(jnp.float32), x.ndim)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / sqrt(variance + eps) * scale + bias over the last dimension, two-pass variance, in float32."""
+
+    def __init__(self, size: int, eps: float, *, param_dtype: jnp.dtype, stack: int | None = None):
+        shape, axes = _stacked((size,), ("vision",), stack)
+        self.scale = param(jnp.ones(shape, param_dtype), axes)
+        self.bias = param(jnp.zeros(shape, param_dtype), axes)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., E] -> [..., E] in the type of `x`."""
+        wide = x.astype(jnp.float32)
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        wide = wide * _spread(self.scale[...].astype(jnp.float32), x.ndim)
+        return (wide + _spread(self.bias[...].astype(jnp.float32), x.ndim)).astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """Token table [vocab, H]; an id outside it gives NaN, which no score survives, rather than a wrong row."""
+
+    def __init__(self, vocab: int, size: int, *, rngs: nnx.Rngs, param_dtype: jnp.dtype):
+        table = jax.random.normal(rngs.params(), (vocab, size), param_dtype) * jnp.asarray(0.02, param_dtype)
+        self.embedding = param(table, ("vocab", "embed"))
+
+    def __call__(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """int32[...] -> [..., H] in `dtype`."""
+        return jnp.take(self.embedding[...], tokens, axis=0, mode="fill").astype(dtype)
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """x * sigmoid(1.702 x)."""
+    return x * jax.nn.sigmoid(jnp.asarray(1.702, x.dtype) * x)
+
+
+def inverse_frequencies(dim: int, theta: float) -> np.ndarray:
+    """float32[dim / 2], theta^(-2i / dim)."""
+    exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    return (1.0 / np.power(np.float32(theta), exponent)).astype(np.float32)
+
+
+def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotary embedding of [B, S, A, D] by (cos, sin) float32[B, S, 1, D / 2]; halves form the pairs (NeoX layout)."""
+    cos, sin = angles
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jnp.einsum("...i,io->...o", x, kernel.astype(x.dtype), precision=matmul_precision(x.dtype))
+
+
+def _spread(vector: jax.Array, ndim: int) -> jax.Array:
+    return vector.reshape((1,) * (ndim - 1) + vector.shape)

@@ -1,0 +1,79 @@
+"""How a stack of equal layers is run: execution choices, the scan over layers, rematerialisation."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from multitap_jax.backbones.attention import check_backend
+
+_POLICIES = {
+    # Keep the products with weights (the dear part), recompute norms, activations and attention scores.
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How a forward pass is computed; none of it changes the mathematics.
+
+    Attributes:
+      dtype: computation type, "float32" or "bfloat16"; norms, softmax and rotary angles stay float32.
+      remat: what the backward pass recomputes: "none", "dots" (all but weight products), "full" (all of a layer).
+      attention: attention backend, a name of `attention.BACKENDS`.
+      layers: "scan" compiles one layer; "loop" unrolls them (for debugging; same values).
+
+    Raises:
+      ValueError: a value is not among the above.
+    """
+
+    dtype: str = "float32"
+    remat: str = "none"
+    attention: str = "dense"
+    layers: str = "scan"
+
+    def __post_init__(self) -> None:
+        choices = {"dtype": ("float32", "bfloat16"), "remat": ("none", *_POLICIES), "layers": ("scan", "loop")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
+        check_backend(self.attention)
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        """`dtype` as a type."""
+        return jnp.dtype(self.dtype)
+
+
+def run_layers(
+    layers: Any, x: jax.Array, *shared: Any, execution: Execution, collect: bool = False
+) -> tuple[jax.Array, jax.Array | None]:
+    """x <- layer(x, *shared) for each layer of a stacked module.
+
+    Args:
+      layers: a module whose every array has a leading layer axis L.
+      x: [B, S, H], the input of the first layer.
+      *shared: what every layer gets besides: rotary angles, visibility.
+      execution: scan or loop, and what to rematerialise.
+      collect: whether to return the output of every layer too.
+
+    Returns:
+      The output of the last layer, [B, S, H], and [L, B, S, H] of all outputs (None unless `collect`).
+    """
+
+    def body(x: jax.Array, layer: Any) -> tuple[jax.Array, jax.Array | None]:
+        x = layer(x, *shared)
+        return x, (x if collect else None)
+
+    if execution.remat != "none":
+        # A scan keeps XLA from merging the recomputation with the forward pass; an unrolled loop needs the barrier.
+        body = jax.checkpoint(body, policy=_POLICIES[execution.remat], prevent_cse=execution.layers == "loop")
+    if execution.layers == "scan":
+        return jax.lax.scan(body, x, layers)
+    outputs = []
+    for index in range(jax.tree.leaves(layers)[0].shape[0]):
+        x, out = body(x, jax.tree.map(lambda leaf, index=index: leaf[index], layers))
+        outputs.append(out)
+    return x, jnp.stack(outputs) if collect else None

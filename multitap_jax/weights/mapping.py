@@ -1,0 +1,151 @@
+"""One invertible table engine between the tensors of a checkpoint and the parameters of a model.
+
+A family's table is a list of rules, each `checkpoint key <-> parameter path`. A key with `{layer}` names L tensors that are
+the slices of one stacked parameter. A transform is a permutation of dimensions, so every rule can be run backwards and
+an import followed by an export gives the same bytes.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+# What is done to the dimensions of a checkpoint tensor; the inverse permutation is the export.
+TRANSFORMS: dict[str, Callable[[int], tuple[int, ...]]] = {
+    "identity": lambda ndim: tuple(range(ndim)),
+    "transpose": lambda ndim: (1, 0),  # torch Linear [out, in] -> [in, out]
+    "patch_conv": lambda ndim: (2, 1, 3, 4, 0),  # torch Conv3d [E, C, T, h, w] -> [T, C, h, w, E]
+}
+
+
+class WeightError(ValueError):
+    """Tensors of a checkpoint that do not fit the model; the message lists every problem at once."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One line of a table: hub key (with `{layer}` for a stacked parameter), parameter path, name of a transform."""
+
+    key: str
+    path: str
+    transform: str = "identity"
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A family's weights.
+
+    Attributes:
+      rules: one a parameter; keys and paths are each unique.
+      canonical: turns every known spelling of a key into the hub's.
+      unused: keys that a checkpoint may hold but an encoder has no use for -> key whose tensor it equals when the
+        configuration ties the two.
+    """
+
+    rules: tuple[Rule, ...]
+    canonical: Callable[[str], str]
+    unused: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """Where one checkpoint tensor goes.
+
+    Attributes:
+      key: hub key.
+      path: parameter path, such as "text.layers.mlp.up_proj.kernel".
+      layer: index along the parameter's leading axis, None if the parameter is not stacked.
+      shape: shape of the checkpoint tensor.
+      axes: the permutation that takes the checkpoint tensor to the parameter (slice).
+    """
+
+    key: str
+    path: str
+    layer: int | None
+    shape: tuple[int, ...]
+    axes: tuple[int, ...]
+
+    @property
+    def inverse(self) -> tuple[int, ...]:
+        """The permutation that takes the parameter (slice) back to the checkpoint tensor."""
+        return tuple(int(axis) for axis in np.argsort(self.axes))
+
+
+def named_params(model: Any) -> dict[str, Any]:
+    """Dotted path -> array (or ShapeDtypeStruct, or whatever leaf there is), in the order of `jax.tree.leaves`."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(model)
+    return {".".join(key.name for key in path if key.name != "value"): leaf for path, leaf in leaves}
+
+
+def plan(table: Table, params: Mapping[str, Any]) -> list[Slot]:
+    """All checkpoint tensors that the parameters consist of, in table order, layer after layer.
+
+    Raises:
+      WeightError: adapters are still apart, or the table and the model do not name the same parameters.
+    """
+    adapters = [path for path in params if "lora_" in path]
+    if adapters:
+        raise WeightError(f"adapters must be merged into their kernels first: {', '.join(adapters)}")
+    by_path = {rule.path: rule for rule in table.rules}
+    odd = sorted(set(by_path) ^ set(params))
+    if odd or len(by_path) != len(table.rules):
+        raise WeightError(f"the weight table and the model do not name the same parameters: {', '.join(odd)}")
+    return [slot for rule in table.rules for slot in _slots(rule, tuple(params[rule.path].shape))]
+
+
+def match(
+    table: Table, slots: Sequence[Slot], tensors: Mapping[str, Any], *, tied: bool, prefix: str = ""
+) -> dict[str, str]:
+    """Finds the tensor of each slot, by headers alone.
+
+    Args:
+      table: the family's table.
+      slots: what is needed, from `plan`.
+      tensors: name in the checkpoint -> anything with `shape` and `dtype`.
+      tied: whether unused keys must equal what they are tied to.
+      prefix: what every name of the backbone starts with; names that do not are not the backbone's.
+
+    Returns:
+      hub key -> name in the checkpoint, for all slots and for unused keys that must be compared.
+
+    Raises:
+      WeightError: lists all unknown, doubled, missing and mis-shaped tensors.
+    """
+    wanted = {slot.key: slot.shape for slot in slots}
+    found: dict[str, str] = {}
+    problems = []
+    for name, tensor in tensors.items():
+        if not name.startswith(prefix):
+            continue
+        key = table.canonical(name.removeprefix(prefix))
+        if key in found:
+            problems.append(f"doubled: {name} {_describe(tensor)} and {found[key]} are the same tensor")
+        elif key not in wanted and key not in table.unused:
+            problems.append(f"unknown: {name} {_describe(tensor)}")
+        else:
+            found[key] = name
+            if key in wanted and tuple(tensor.shape) != wanted[key]:
+                problems.append(f"wrong shape: {name} {_describe(tensor)}, expected {list(wanted[key])}")
+            elif not jax.numpy.issubdtype(tensor.dtype, np.floating):
+                problems.append(f"wrong type: {name} {_describe(tensor)}, expected floating point")
+    problems += [f"missing: {prefix}{key} {list(shape)}" for key, shape in wanted.items() if key not in found]
+    if problems:
+        raise WeightError(f"{len(problems)} tensors do not fit the model:\n  " + "\n  ".join(problems))
+    return {key: name for key, name in found.items() if key in wanted or tied}
+
+
+def _slots(rule: Rule, shape: tuple[int, ...]) -> list[Slot]:
+    stacked = "{layer}" in rule.key
+    tail = shape[1:] if stacked else shape
+    axes = TRANSFORMS[rule.transform](len(tail))
+    source = tuple(tail[axis] for axis in np.argsort(axes))
+    if not stacked:
+        return [Slot(rule.key, rule.path, None, source, axes)]
+    keys = [rule.key.replace("{layer}", str(layer)) for layer in range(shape[0])]
+    return [Slot(key, rule.path, layer, source, axes) for layer, key in enumerate(keys)]
+
+
+def _describe(tensor: Any) -> str:
+    return f"{list(tensor.shape)} {np.dtype(tensor.dtype).name}"
