@@ -3,7 +3,8 @@
   python benchmarks/scoring.py [--images=8] [--repeats=5] [--threads=2]
 
 Both sides score the same pairs with the same 60M-parameter Qwen2-VL in float32 from decoded, resized pictures
-(560 x 560, so 400 image tokens) and texts; tokenising, patching and packing count on both sides, decoding on neither. Three ways:
+(560 x 560, so 400 image tokens) and texts; tokenising, patching and packing count on both sides, decoding on neither.
+Three ways:
 
   official  one pair a forward, padded to 2,048 tokens, all hidden states and logits (kaist-cvml/MULTI-TAP, behaviour)
   batched   torch by hand: sdpa attention, batches padded to their longest, no logits, last token's hidden state

@@ -154,7 +154,7 @@ def iter_records(
     require: str | None = None,
     need_images: bool = True,
 ) -> Iterator[Record | Rejected]:
-    """One Record or Rejected for each line of the file, in order; only ids are remembered, in about 16 bytes each.
+    """One Record or Rejected for each line of the file, in order; only ids are remembered, in at most 24 bytes each.
 
     Args:
       path: a .jsonl, .csv or .parquet file, or a folder holding one of them.

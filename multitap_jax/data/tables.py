@@ -35,6 +35,17 @@ Row = dict[str, Any] | Unreadable
 ColumnCheck = Callable[[str], str | None]
 
 
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} twice")
+    return result
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_unique_keys)
+
+
 def find_records_file(path: str | Path) -> Path:
     """The records file itself, or the only one in a folder. Raises RecordsError where there is none, or several."""
     path = Path(path)
@@ -79,7 +90,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
 def parse_json_object(line: bytes) -> Row:
     """One JSON object; anything else (also an object with a key twice) is Unreadable."""
     try:
-        value = json.loads(line.decode(), object_pairs_hook=_unique_keys)
+        value = _JSON.decode(line.decode())
     except UnicodeDecodeError as error:
         return Unreadable(f"not UTF-8 (byte {error.start} of the line)")
     except (ValueError, RecursionError) as error:
@@ -92,7 +103,7 @@ def parse_json_object(line: bytes) -> Row:
 def parse_json_cell(text: str) -> Any:
     """A JSON value inside a table's cell. Raises ValueError."""
     try:
-        return json.loads(text, object_pairs_hook=_unique_keys)
+        return _JSON.decode(text)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 
@@ -164,14 +175,6 @@ def _check_header(path: Path, names: list[str], check_column: ColumnCheck) -> No
     problems += [f"column {name!r} twice" for name in sorted({n for n in names if names.count(n) > 1})]
     if problems:
         raise RecordsError(f"{path}: " + "; ".join(problems) + ". Rename or drop the column")
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} twice")
-    return result
 
 
 def _skip_line(file: BinaryIO) -> None:

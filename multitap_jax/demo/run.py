@@ -178,7 +178,7 @@ def _facts(settings: dict, world: WorldPaths, artefact: Path) -> dict[str, str]:
     config = json.loads((artefact / "config.json").read_text())
     pairs = [sum(1 for _ in path.open()) for path in (world.train, world.heldout)]
     return {
-        "command": f"multitap demo --scenes={settings['scenes']} --epochs={settings['epochs']} --seed={settings['seed']}",
+        "command": "multitap demo " + " ".join(f"--{name}={value}" for name, value in settings.items()),
         "data": f"{settings['scenes']:,} pictures; {pairs[0]:,} training pairs, {pairs[1]:,} held-out pairs",
         "model": f"Qwen2-VL, hidden {config['hidden_size']}, {config['num_hidden_layers']} decoder layers, "
         f"{config['vision_config']['depth']} vision blocks, random start",

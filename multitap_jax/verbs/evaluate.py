@@ -39,7 +39,6 @@ def run(values: flags.FlagValues) -> int:
         target=values.target,
         target_range=(low, high),
         bootstrap_samples=values.bootstrap,
-        max_rejected=values.max_rejected,
         allow_outside_root=values.allow_outside_root,
     )
     Console().print(report.table())
