@@ -40,7 +40,7 @@ from multitap_jax.scoring.manifest import (
 )
 from multitap_jax.stage2.head import RidgeHead
 from multitap_jax.weights.files import read_file, read_json, read_tensors
-from multitap_jax.weights.hub import load_backbone, save_backbone
+from multitap_jax.weights.hub import abstract_backbone, load_backbone, save_backbone
 
 CONFIG = "config.json"
 OUTPUT_EMBEDDING = r"(language_model\.)?lm_head\.weight|output\.weight"
@@ -139,10 +139,11 @@ class Artefact:
 
         Raises:
           FileExistsError: the folder is in the way.
-          ArtefactError: ridge head and objectives do not fit each other.
+          ArtefactError: `base` describes another model; ridge head and objectives do not fit each other; NaN in a head.
         """
         base = Path(base)
         config = _read_config(base)
+        _check_same_model(model, base)
         with new_folder(Path(folder), replaceable=lambda old: overwrite and (old / MANIFEST).is_file()) as new:
             save_backbone(model.backbone, new, dtype=dtype, extra=output_embedding(base, config))
             (new / CONFIG).write_bytes(json_bytes(config))
@@ -300,6 +301,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def _check_same_model(model: RewardModel, base: Path) -> None:
+    described = abstract_backbone(base)
+    shapes = [[leaf.shape for leaf in jax.tree.leaves(tree)] for tree in (model.backbone, described)]
+    if jax.tree.structure(model.backbone) != jax.tree.structure(described) or shapes[0] != shapes[1]:
+        raise ArtefactError(
+            f"{base / CONFIG}: describes another model than the one to be saved, which could not be loaded again; give "
+            "the folder that the backbone was loaded from as base"
+        )
+
+
 def _head_arrays(head: RewardHead, ridge: RidgeHead | None) -> dict[str, np.ndarray]:
     arrays = {
         "reward_head.weight": np.asarray(head.weight[...], np.float32)[None, :],
@@ -331,7 +342,7 @@ def _heads_file(folder: Path, stated: str) -> Path:
     present = [path for path in (folder / HEADS, _waiting(folder)) if path.is_file()]
     if not present:
         raise ArtefactError(
-            f"{folder / HEADS}: not here; restore it from the original artefact, there is no random head"
+            f"{folder / HEADS}: not here, and no head is ever random; restore it from the original artefact"
         )
     for path in present:
         if tensor_hash(read_file(path)) == stated:

@@ -20,6 +20,7 @@ from multitap_jax.scoring.files import json_bytes, new_folder, tensor_hash
 from multitap_jax.scoring.manifest import HEADS, MANIFEST, ArtefactError
 from multitap_jax.weights.files import INDEX, read_tensors, weight_files, write_folder
 from multitap_jax.weights.hub import load_backbone
+from multitap_jax.weights.mapping import WeightError
 
 PREFIX = "backbone_model."
 HEADS_JSON = "heads.json"
@@ -104,11 +105,7 @@ def export_official(
     """
     artefact = Artefact.open(folder)
     heads = artefact.head_arrays()
-
-    def replaceable(old: Path) -> bool:
-        return overwrite and any(name.startswith(PREFIX) for name in read_tensors(old))
-
-    with new_folder(Path(out), replaceable=replaceable) as new:
+    with new_folder(Path(out), replaceable=lambda old: overwrite and _is_official(old)) as new:
         for path in _carried(artefact.folder):
             shutil.copyfile(path, new / path.name)
         tensors = {PREFIX + name: tensor for name, tensor in read_tensors(artefact.folder).items()}
@@ -165,6 +162,13 @@ def _official_head(folder: Path) -> RewardHead:
             "random, so give the folder of a trained reward model in safetensors"
         )
     return RewardHead.from_arrays(weight[0].astype(np.float32), bias[0].astype(np.float32))
+
+
+def _is_official(folder: Path) -> bool:
+    try:
+        return any(name.startswith(PREFIX) for name in read_tensors(folder))
+    except WeightError:
+        return False
 
 
 def _carried(folder: Path) -> list[Path]:

@@ -14,6 +14,7 @@ from multitap_jax.reward import RewardHead, RewardModel
 from multitap_jax.scoring.artefact import Artefact
 from multitap_jax.scoring.manifest import Objective, Overall
 from multitap_jax.stage2.head import RidgeHead
+from multitap_jax.weights.files import weight_files
 from multitap_jax.weights.hub import save_backbone
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -119,3 +120,8 @@ def save_artefact(folder: Path, base: Path, *, ridge: bool = True, seed: int = 0
 def pictures(count: int, seed: int = 0) -> list[Image.Image]:
     rng = np.random.default_rng(seed)
     return [Image.fromarray(rng.integers(0, 256, (24, 20, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+def weight_paths(folder: Path) -> list[Path]:
+    """The backbone's files."""
+    return [folder / name for name in weight_files(folder)]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +10,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from multitap_jax.data.processing import Contract
-from multitap_jax.scoring.artefact import Artefact, model_files
-from multitap_jax.scoring.files import canonical_hash
+from multitap_jax.scoring.artefact import Artefact
+from multitap_jax.scoring.export import export_official, import_official
+from multitap_jax.scoring.files import canonical_hash, file_hash, tensor_hash
 from multitap_jax.scoring.manifest import ArtefactError, Objective, read_manifest
-from multitap_jax.weights.hub import FolderError, WeightError
+from multitap_jax.weights.files import FolderError, read_file
+from multitap_jax.weights.mapping import WeightError
 from tests.scoring.model_fixtures import (
     CONTRACT,
     HIDDEN,
@@ -25,6 +26,7 @@ from tests.scoring.model_fixtures import (
     tiny_config,
     tiny_model,
     tiny_ridge,
+    weight_paths,
 )
 
 
@@ -79,7 +81,7 @@ def test_the_folder_is_readable_by_others(saved, base):
     assert json.loads((saved / "config.json").read_text()) == tiny_config()
     for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
         assert (saved / name).read_bytes() == (base / name).read_bytes()
-    names = {name for path in model_files(saved) for name in load_file(path)}
+    names = {name for path in weight_paths(saved) for name in load_file(path)}
     assert {"model.embed_tokens.weight", "model.norm.weight", "visual.patch_embed.proj.weight"} <= names
 
 
@@ -90,26 +92,31 @@ def test_transformers_loads_the_folder_with_nothing_missing(saved):
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert not info["mismatched_keys"]
-    expected = load_file(model_files(saved)[0])["model.embed_tokens.weight"]
+    expected = load_file(weight_paths(saved)[0])["model.embed_tokens.weight"]
     np.testing.assert_array_equal(model.get_input_embeddings().weight.detach().numpy(), expected)
 
 
 def test_an_output_embedding_of_its_own_goes_along(tmp_path):
     base = base_folder(tmp_path / "untied", tie_word_embeddings=False)
-    path = model_files(base)[-1]
+    model = tiny_model(tie_word_embeddings=False)
+    path = weight_paths(base)[-1]
     output = np.random.default_rng(3).standard_normal((tiny_config()["vocab_size"], HIDDEN)).astype(np.float32)
     rewrite(path, lambda tensors: tensors.update({"lm_head.weight": output}))
-    save_artefact(tmp_path / "artefact", base)
-    found = {n: t for p in model_files(tmp_path / "artefact") for n, t in load_file(p).items()}
+    Artefact.save(tmp_path / "artefact", model, base=base, contract=CONTRACT)
+    found = {n: t for p in weight_paths(tmp_path / "artefact") for n, t in load_file(p).items()}
     np.testing.assert_array_equal(found["lm_head.weight"], output)
-    assert_same(Artefact.load(tmp_path / "artefact")[1], tiny_model())
+    assert_same(Artefact.load(tmp_path / "artefact")[1], model)
+    official = export_official(tmp_path / "artefact", tmp_path / "official")
+    found = {n: t for p in weight_paths(official) for n, t in load_file(p).items()}
+    np.testing.assert_array_equal(found["backbone_model.lm_head.weight"], output)
+    assert_same(Artefact.load(import_official(official, tmp_path / "back").folder)[1], model)
 
 
 def test_an_artefact_without_ridge_then_with(base, tmp_path):
     folder = tmp_path / "artefact"
     first = save_artefact(folder, base, ridge=False)
     assert Artefact.load(folder)[2] is None
-    weights = {path.name: path.read_bytes() for path in model_files(folder)}
+    weights = {path.name: path.read_bytes() for path in weight_paths(folder)}
     second = Artefact.open(folder).add_ridge(tiny_ridge(), OBJECTIVES)
     assert second.model_hash == first.model_hash
     assert second.fingerprint != first.fingerprint
@@ -117,7 +124,7 @@ def test_an_artefact_without_ridge_then_with(base, tmp_path):
     assert artefact == second
     assert_same(model.head, tiny_model().head)
     np.testing.assert_array_equal(ridge.coef_, tiny_ridge().coef_)
-    assert {path.name: path.read_bytes() for path in model_files(folder)} == weights
+    assert {path.name: path.read_bytes() for path in weight_paths(folder)} == weights
     third = second.add_ridge(tiny_ridge(5), OBJECTIVES)
     assert third.manifest.hashes.heads != second.manifest.hashes.heads
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
@@ -200,7 +207,7 @@ def test_a_setting_nobody_knows_is_refused(artefact):
         content["contract"]["hash"] = canonical_hash(contract)
 
     edit(artefact / "multitap.json", change)
-    with pytest.raises(ArtefactError, match="contract.pooler is not a setting; did you mean"):
+    with pytest.raises(ArtefactError, match=r"contract\.pooler is not a setting; did you mean"):
         Artefact.load(artefact)
 
 
@@ -213,7 +220,7 @@ def test_a_missing_section_is_named(artefact, section):
 
 def test_a_newer_format_is_refused(artefact):
     edit(artefact / "multitap.json", lambda content: content.update(format_version=99))
-    with pytest.raises(ArtefactError, match="format_version 99 is newer .* upgrade"):
+    with pytest.raises(ArtefactError, match=r"format_version 99 is newer .* upgrade"):
         Artefact.load(artefact)
 
 
@@ -230,14 +237,12 @@ def test_there_is_no_random_head(artefact):
 
 
 def test_every_wrong_head_is_listed(artefact):
-    from multitap_jax.scoring.files import tensor_hash
-
     def change(tensors):
         del tensors["reward_head.bias"]
         tensors["ridge.coef"] = tensors["ridge.coef"][:1]
 
     rewrite(artefact / "heads.safetensors", change)
-    heads = tensor_hash([artefact / "heads.safetensors"])
+    heads = tensor_hash(read_file(artefact / "heads.safetensors"))
     edit(artefact / "multitap.json", lambda content: content["hashes"].update(heads=heads))
     with pytest.raises(
         ArtefactError, match=r"reward_head\.bias: missing.*; ridge\.coef: \(1, 32\), expected \(2, 32\)"
@@ -257,7 +262,7 @@ def test_an_edited_or_missing_companion_is_named(artefact, name):
 
 
 def test_one_flipped_bit_of_a_weight_is_noticed(artefact):
-    path = model_files(artefact)[-1]
+    path = weight_paths(artefact)[-1]
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
     path.write_bytes(bytes(data))
@@ -272,7 +277,7 @@ def test_missing_and_mis_shaped_weights_are_all_listed(artefact):
         del tensors["visual.patch_embed.proj.weight"]
         tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(3, np.float32)
 
-    rewrite(model_files(artefact)[0], change)
+    rewrite(weight_paths(artefact)[0], change)
     with pytest.raises(WeightError) as caught:
         Artefact.load(artefact)
     for name in ("model.norm.weight", "visual.patch_embed.proj.weight", "model.layers.0.self_attn.q_proj.bias"):
@@ -296,7 +301,7 @@ def test_folders_that_are_no_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("kind", ["absent", "cut off"])
 def test_half_a_checkpoint(artefact, kind):
-    path = model_files(artefact)[-1]
+    path = weight_paths(artefact)[-1]
     if kind == "absent":
         path.unlink()
     else:
@@ -305,12 +310,21 @@ def test_half_a_checkpoint(artefact, kind):
         Artefact.load(artefact)
 
 
-def test_a_checkpoint_of_another_architecture(base, tmp_path):
-    other = shutil.copytree(base, tmp_path / "other")
-    edit(other / "config.json", lambda content: content.update(model_type="bert"))
-    with pytest.raises(ValueError, match="bert"):
-        save_artefact(tmp_path / "artefact", other)
-        Artefact.load(tmp_path / "artefact")
+def test_a_checkpoint_of_another_architecture(base, artefact, tmp_path):
+    edit(artefact / "config.json", lambda content: content.update(model_type="bert"))
+    files = {"config.json": file_hash(artefact / "config.json")}
+    edit(artefact / "multitap.json", lambda content: content["hashes"].update(files=files))
+    with pytest.raises(FolderError, match=r"config\.json: model_type = 'bert' is not supported"):
+        Artefact.load(artefact)
+    with pytest.raises(FolderError, match="bert"):
+        save_artefact(tmp_path / "new", artefact)
+
+
+def test_a_base_of_another_size_is_refused(base, tmp_path):
+    other = base_folder(tmp_path / "other", intermediate_size=64)
+    with pytest.raises(ArtefactError, match=r"config\.json: describes another model"):
+        save_artefact(tmp_path / "new", other)
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_fingerprint_follows_the_contract(base, tmp_path, saved):

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from multitap_jax.scoring.artefact import Artefact, model_files
+from multitap_jax.scoring.artefact import Artefact
 from multitap_jax.scoring.export import export_artefact, export_heads, export_official, import_official
+from multitap_jax.scoring.files import tensor_hash
 from multitap_jax.scoring.manifest import ArtefactError
+from multitap_jax.weights.files import read_tensors
 from multitap_jax.weights.hub import load_backbone
-from tests.scoring.model_fixtures import HIDDEN, tiny_model, tiny_ridge
+from tests.scoring.model_fixtures import HIDDEN, tiny_model, tiny_ridge, weight_paths
 
 
 def same(left, right) -> bool:
@@ -29,7 +31,7 @@ def test_a_copy_is_the_same_artefact(saved, tmp_path):
 
 
 def test_a_damaged_artefact_is_not_copied(artefact, tmp_path):
-    path = model_files(artefact)[0]
+    path = weight_paths(artefact)[0]
     path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
     with pytest.raises(ArtefactError):
         export_artefact(artefact, tmp_path / "copy")
@@ -45,8 +47,8 @@ def test_conversion_to_bfloat16_keeps_heads_and_says_where_it_came_from(saved, t
         "from": Artefact.open(saved).model_hash,
         "dtype": "bfloat16",
     }
-    assert sum(p.stat().st_size for p in model_files(copy.folder)) < 0.6 * sum(
-        p.stat().st_size for p in model_files(saved)
+    assert sum(p.stat().st_size for p in weight_paths(copy.folder)) < 0.6 * sum(
+        p.stat().st_size for p in weight_paths(saved)
     )
 
 
@@ -69,16 +71,13 @@ def test_heads_alone_score_with_the_lines_of_the_documentation(saved, tmp_path, 
 
 def test_the_official_layout_and_back(saved, tmp_path):
     out = export_official(saved, tmp_path / "official")
-    names = {name: array for path in model_files(out) for name, array in load_file(path).items()}
+    names = {name: array for path in weight_paths(out) for name, array in load_file(path).items()}
     assert all(name.startswith(("backbone_model.", "reward_head.")) for name in names)
     assert names["reward_head.weight"].shape == (1, HIDDEN)
     assert names["reward_head.bias"].shape == (1,)
-    original = {name: array for path in model_files(saved) for name, array in load_file(path).items()}
+    original = {name: array for path in weight_paths(saved) for name, array in load_file(path).items()}
     for name, array in original.items():
         np.testing.assert_array_equal(names[f"backbone_model.{name}"], array)
-    index = json.loads((out / "model.safetensors.index.json").read_text())
-    assert set(index["weight_map"]) == set(names)
-    assert index["metadata"]["total_size"] == sum(array.nbytes for array in names.values())
     model = tiny_model()
     assert same(load_backbone(out, param_dtype=jnp.float32, prefix="backbone_model."), model.backbone)
     back = import_official(out, tmp_path / "back")
@@ -88,6 +87,19 @@ def test_the_official_layout_and_back(saved, tmp_path):
     assert back.model_hash == Artefact.open(saved).model_hash
     assert back.manifest.contract.position_mode == "flat"
     assert back.manifest.contract.image_policy == "square:560"
+
+
+def test_the_official_layout_in_shards(saved, tmp_path):
+    whole = export_official(saved, tmp_path / "whole")
+    parts = export_official(saved, tmp_path / "parts", max_shard_bytes=20_000)
+    assert len(weight_paths(whole)) == 1
+    assert len(weight_paths(parts)) > 3
+    index = json.loads((parts / "model.safetensors.index.json").read_text())
+    tensors = read_tensors(parts)
+    assert set(index["weight_map"]) == set(tensors)
+    assert index["metadata"]["total_size"] == sum(array.nbytes for array in tensors.values())
+    assert tensor_hash(tensors) == tensor_hash(read_tensors(whole))
+    assert same(Artefact.load(import_official(parts, tmp_path / "back").folder)[1], tiny_model())
 
 
 def test_the_official_layout_is_no_artefact_yet(saved, tmp_path):
