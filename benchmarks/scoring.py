@@ -25,7 +25,7 @@ import jax
 import numpy as np
 import torch
 from flax import nnx
-from multitap_jax.demo.checkpoint import build_tokenizer
+from multitap_jax.demo.checkpoint import train_tokenizer
 from multitap_jax.reward import RewardHead, RewardModel
 from PIL import Image
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
@@ -171,7 +171,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rng = np.random.default_rng(0)
-    tokenizer = build_tokenizer(WORDS)
+    tokenizer = train_tokenizer(WORDS)
     prompter = Prompter(tokenizer, "official-train")
     torch.manual_seed(0)
     model = Qwen2VLForConditionalGeneration._from_config(make_config(tokenizer), attn_implementation="sdpa").eval()
