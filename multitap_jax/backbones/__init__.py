@@ -37,7 +37,7 @@ def from_config(
       hf_config: the contents of `config.json`.
       rngs: source of the initial weights; under `nnx.eval_shape` nothing is allocated.
       param_dtype: type of the parameters.
-      preprocessor: the contents of `preprocessor_config.json` (mean and deviation of pixels); None for the family's own.
+      preprocessor: the contents of `preprocessor_config.json` (mean and deviation of pixels); None for the usual ones.
 
     Raises:
       UnsupportedModelError: `model_type` is absent or not implemented.

@@ -60,7 +60,7 @@ def load_backbone(
       WeightError: lists every unknown, doubled, missing or mis-shaped tensor; or a tied output head that differs from
         the token table.
     """
-    model = abstract_backbone(folder, param_dtype=param_dtype)
+    model: Any = abstract_backbone(folder, param_dtype=param_dtype)
     table, params = _TABLES[model.config.model_type], named_params(model)
     tensors = read_tensors(folder)
     slots = plan(table, params)
@@ -80,7 +80,7 @@ def load_backbone(
     return jax.tree.unflatten(jax.tree.structure(model), arrays)
 
 
-def export_tensors(model: nnx.Module, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+def export_tensors(model: Any, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
     """Hub name (after `prefix`) and host array of every tensor of the model, in a fixed order.
 
     Raises:
@@ -94,7 +94,7 @@ def export_tensors(model: nnx.Module, prefix: str = "") -> Iterator[tuple[str, n
 
 
 def save_backbone(
-    model: nnx.Module,
+    model: Any,
     folder: str | Path,
     *,
     dtype: Any = None,
@@ -161,7 +161,7 @@ def _fill(leaf: Any, slots: list[Slot], sources: list[np.ndarray], sharding: Sha
     stack = _zeros(shape=leaf.shape, dtype=leaf.dtype, sharding=sharding)
     for slot, source in zip(slots, sources, strict=True):
         raw = _place(source, slot, sharding)
-        stack = _set_layer(stack, raw, np.int32(slot.layer), axes=slot.axes, sharding=sharding)
+        stack = _set_layer(stack, raw, np.asarray(slot.layer, np.int32), axes=slot.axes, sharding=sharding)
         stack.block_until_ready()
     return stack
 
@@ -188,7 +188,7 @@ def _permute(raw: jax.Array, axes: tuple[int, ...], dtype: Any, sharding: Shardi
 
 @functools.partial(jax.jit, static_argnames=("axes", "sharding"), donate_argnames=("stack",))
 def _set_layer(
-    stack: jax.Array, raw: jax.Array, layer: np.int32, axes: tuple[int, ...], sharding: Sharding | None
+    stack: jax.Array, raw: jax.Array, layer: np.ndarray, axes: tuple[int, ...], sharding: Sharding | None
 ) -> jax.Array:
     value = raw.transpose(axes).astype(stack.dtype)
     return _constrain(jax.lax.dynamic_update_index_in_dim(stack, value, layer, 0), sharding)
