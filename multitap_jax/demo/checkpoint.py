@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -60,6 +62,8 @@ CHAT_TEMPLATE = (
 
 _PROMPT_WORDS = ("system\nYou are a helpful assistant.", "user\nDescribe this image.", "assistant\n")
 _VOCABULARY_SIZE = 640
+_FRESH_DEVIATION = 0.02
+_EMBEDDING_DEVIATION = 0.1
 
 
 def build_checkpoint(folder: str | Path, corpus: Iterable[str], *, seed: int) -> Path:
@@ -79,6 +83,7 @@ def build_checkpoint(folder: str | Path, corpus: Iterable[str], *, seed: int) ->
     tokenizer.save_pretrained(str(folder))
     config = model_config(tokenizer)
     model = from_config(config, rngs=nnx.Rngs(seed))
+    spread_weights(model)
     _write_json(folder / "config.json", config)
     _write_json(folder / "preprocessor_config.json", processor_config())
     save_backbone(model, folder)
@@ -152,6 +157,22 @@ def model_config(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
         "vision_token_id": ids["<|vision_pad|>"],
         "vocab_size": len(tokenizer),
     }
+
+
+def spread_weights(model: nnx.Module) -> None:
+    """Rescales fresh weights in place for a model this narrow.
+
+    The usual deviation of 0.02 suits a width near 2,500. At a width of 64 it leaves attention flat and the signal of the
+    picture too weak to find in a few minutes, so kernels get 1 / sqrt(inputs) and token embeddings 0.1.
+    """
+    for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        value = param[...]
+        if path[-1] == "kernel":
+            # A patch kernel has several input dimensions; a stacked kernel has its layers in front.
+            inputs = np.prod(value.shape[:-1]) if "patch_embed" in path else value.shape[-2]
+            param[...] = value * jnp.asarray(inputs**-0.5 / _FRESH_DEVIATION, value.dtype)
+        elif path[-1] == "embedding":
+            param[...] = value * jnp.asarray(_EMBEDDING_DEVIATION / _FRESH_DEVIATION, value.dtype)
 
 
 def processor_config() -> dict[str, Any]:

@@ -21,7 +21,7 @@ _HORIZON = 0.34
 _LIGHT = np.array([-0.5, -0.65, 0.57], np.float32)
 _CENTRE = {"near": {"left": 0.2, "ahead": 0.5, "right": 0.8}, "far": {"left": 0.25, "ahead": 0.5, "right": 0.75}}
 _GROUND = {"near": 0.93, "far": 0.52}
-_HEIGHT = {"near": 0.33, "far": 0.165}
+_HEIGHT = {"near": 0.31, "far": 0.165}
 _WIDTH_RATIO = {"ball": 1.0, "box": 1.0, "cone": 0.86, "barrel": 0.76}
 _SIZE_STEPS = (0.94, 1.0, 1.06)
 
@@ -156,35 +156,44 @@ _NUM_STREETS = 6
 @functools.lru_cache(maxsize=16)
 def _street(size: int, variant: int) -> Image.Image:
     """An empty street under one of a few kinds of daylight."""
-    rng = np.random.default_rng(variant)
+    warmth = np.float32(np.random.default_rng(variant).uniform(0, 1))
     big = size * _OVERSAMPLE
-    horizon = _HORIZON * big
     y = np.linspace(0, 1, big, dtype=np.float32)[:, None, None]
-    warmth = np.float32(rng.uniform(0, 1))
     high = np.array([150, 190, 232], np.float32) + warmth * np.array([34, 2, -22], np.float32)
     low = np.array([226, 234, 240], np.float32) + warmth * np.array([16, -4, -26], np.float32)
     sky = high + (low - high) * np.clip(y / _HORIZON, 0, 1)
-    road = np.array([128, 128, 134], np.float32) + 40 * (y - _HORIZON)
+    road = np.array([104, 106, 114], np.float32) + 30 * (y - _HORIZON)
     pixels = np.where(y < _HORIZON, sky, road) * np.ones((1, big, 1), np.float32)
     picture = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8), "RGB")
     draw = ImageDraw.Draw(picture)
-    vanish = (big / 2, horizon)
-
-    def towards(x: float, y_: float, share: float) -> tuple[float, float]:
-        return x + (vanish[0] - x) * share, y_ + (vanish[1] - y_) * share
-
-    for side, wall, pavement in ((0.0, (178, 138, 118), (192, 182, 170)), (1.0, (122, 148, 116), (174, 186, 160))):
-        edge, kerb, inner = side * big, (0.02 if side == 0 else 0.98) * big, (0.06 if side == 0 else 0.94) * big
-        foot = [(edge, 0.62 * big), towards(edge, 0.62 * big, 0.86)]
-        draw.polygon([foot[0], foot[1], towards(inner, big, 0.86), (inner, big), (edge, big)], fill=pavement)
-        draw.line([(kerb, big), towards(kerb, big, 0.86)], fill=(226, 222, 214), width=max(1, big // 130))
-        draw.polygon([(edge, 0), towards(edge, 0, 0.86), foot[1], foot[0]], fill=wall)
-        for share in np.linspace(0.08, 0.78, 6) ** 0.8:
-            shade = tuple(round(v * 0.84) for v in wall)
-            draw.line([towards(edge, 0, share), towards(edge, 0.62 * big, share)], fill=shade, width=max(1, big // 150))
+    _draw_edge(draw, big, 0.0, wall=(182, 134, 112), pavement=(216, 196, 160))
+    _draw_edge(draw, big, 1.0, wall=(112, 142, 110), pavement=(142, 184, 112))
     for start in (0.0, 0.34, 0.58, 0.74, 0.85):
-        end = start + 0.5 * (1 - start) * 0.34
-        quad = [towards(0.49 * big, big, start), towards(0.51 * big, big, start)]
-        quad += [towards(0.51 * big, big, end), towards(0.49 * big, big, end)]
-        draw.polygon(quad, fill=(238, 236, 226))
+        end = start + 0.17 * (1 - start)
+        left, right = ((0.49, 1.0), (0.51, 1.0))
+        quad = [_recede(left, start), _recede(right, start), _recede(right, end), _recede(left, end)]
+        draw.polygon([(x * big, y_ * big) for x, y_ in quad], fill=(238, 236, 226))
     return picture.resize((size, size), Image.Resampling.BOX)
+
+
+def _recede(point: tuple[float, float], share: float) -> tuple[float, float]:
+    """Moves a point of the frame towards the vanishing point; all in parts of the picture's edge."""
+    x, y = point
+    return x + (0.5 - x) * share, y + (_HORIZON - y) * share
+
+
+def _draw_edge(
+    draw: ImageDraw.ImageDraw, big: int, edge: float, *, wall: tuple[int, int, int], pavement: tuple[int, int, int]
+) -> None:
+    """The wall and the pavement along the left (`edge` 0) or right (1) side of the road."""
+    foot, far, inner = (edge, 0.62), 0.86, (0.24 if edge == 0 else 0.76, 1.0)
+
+    def scaled(*points: tuple[float, float]) -> list[tuple[float, float]]:
+        return [(x * big, y * big) for x, y in points]
+
+    draw.polygon(scaled(foot, _recede(foot, far), _recede(inner, far), inner, (edge, 1.0)), fill=pavement)
+    draw.line(scaled(inner, _recede(inner, far)), fill=(240, 238, 230), width=max(1, big // 90))
+    draw.polygon(scaled((edge, 0.0), _recede((edge, 0.0), far), _recede(foot, far), foot), fill=wall)
+    seam = (round(wall[0] * 0.86), round(wall[1] * 0.86), round(wall[2] * 0.86))
+    for share in (np.linspace(0.08, 0.78, 6) ** 0.8).tolist():
+        draw.line(scaled(_recede((edge, 0.0), share), _recede(foot, share)), fill=seam, width=max(1, big // 150))

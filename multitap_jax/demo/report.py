@@ -180,9 +180,7 @@ def _card(example: Example) -> str:
             for who, v in (("human", human), ("model", predicted))
         )
         lines.append(f"<li><p>{_text(text)}</p>{bars}</li>")
-    return (
-        f'<article><img src="data:image/{kind};base64,{source}" alt="A street scene"><ul>{"".join(lines)}</ul></article>'
-    )
+    return f'<article><img src="data:image/{kind};base64,{source}" alt="A street scene"><ul>{"".join(lines)}</ul></article>'
 
 
 _INK, _SOFT, _BLUE, _ORANGE = "#23272f", "#8a919c", "#2f6db5", "#d97b29"
@@ -221,7 +219,8 @@ def plot_loss(train: Sequence[tuple[int, float]], heldout: Sequence[tuple[int, f
         steps, losses = np.array(heldout, float).T
         axes.plot(steps, losses, color=_ORANGE, linewidth=1.8, marker="o", markersize=4, label="held out")
     axes.set(xlabel="step", ylabel="mean squared error", ylim=(0, None))
-    axes.legend(frameon=False, fontsize=9)
+    if train or heldout:
+        axes.legend(frameon=False, fontsize=9)
     return _png(figure)
 
 

@@ -18,8 +18,7 @@ COLOURS = {
     "red": (222, 38, 44),
     "blue": (36, 84, 226),
     "yellow": (248, 206, 22),
-    "green": (20, 164, 76),
-    "purple": (146, 44, 190),
+    "purple": (150, 40, 196),
 }
 NUMBER_SHARES = {1: 0.3, 2: 0.5, 3: 0.2}
 """How often a scene holds one, two or three things; `texts.py` relies on the two outer shares adding up to the middle."""

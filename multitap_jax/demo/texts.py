@@ -17,7 +17,15 @@ import numpy as np
 
 from multitap_jax.demo.scenes import COLOURS, DEPTHS, MATERIALS, NUMBER_SHARES, SHAPES, SIDES, Scene, Thing, draw_thing
 
-OBJECTIVES = ("direction_accuracy", "depth_accuracy", "safety", "sufficiency", "conciseness", "hallucination", "overall")
+OBJECTIVES = (
+    "direction_accuracy",
+    "depth_accuracy",
+    "safety",
+    "sufficiency",
+    "conciseness",
+    "hallucination",
+    "overall",
+)
 """Rated from 1 (bad) to 5 (good) each; a hallucination rating of 5 means that nothing is made up."""
 
 FAULTS = ("direction", "depth", "attribute", "number")
@@ -81,7 +89,7 @@ def write_text(scene: Scene, faults: Sequence[str], rng: np.random.Generator) ->
 
 
 def _wrong_direction(things: list[Thing], rng: np.random.Generator) -> list[Thing]:
-    """Moves the things to other sides: all of them where they fill the street, else at least one."""
+    """Moves the things to other sides, at least two of them (a lone thing is moved alone)."""
     old = [thing.side for thing in things]
     sides = old
     while sum(a != b for a, b in zip(old, sides, strict=True)) < min(2, len(old)):
@@ -100,7 +108,7 @@ def _wrong_attribute(things: list[Thing], rng: np.random.Generator) -> list[Thin
     """Draws the looks of one or two things anew: another colour and shape, another material or count at times."""
     things = list(things)
     unused = [c for c in rng.permutation(tuple(COLOURS)).tolist() if c not in {t.colour for t in things}]
-    for i in rng.permutation(len(things))[: int(rng.integers(1, 3))].tolist():
+    for i in rng.permutation(len(things))[: min(int(rng.integers(1, 3)), len(unused))].tolist():
         new = draw_thing(rng, things[i].side, unused.pop())
         shape = str(rng.choice([s for s in SHAPES if s != things[i].shape]))
         things[i] = dataclasses.replace(new, shape=shape, depth=things[i].depth)
@@ -208,4 +216,6 @@ def vocabulary_sample() -> list[str]:
         for material in MATERIALS
         for count in (1, 2)
     ]
-    return [*(claim(thing) for thing in things), *_FILLERS, *_ADVICE.values(), REQUEST]
+    # Two claims in a row teach the merges of words that follow a space, as all but the first word of a text do.
+    claims = [f"{claim(thing)} {claim(thing)}" for thing in things]
+    return [*claims, *(f"{filler} {advice}" for filler in _FILLERS for advice in _ADVICE.values()), REQUEST]
