@@ -168,13 +168,19 @@ class Artefact:
 
     @classmethod
     def load(
-        cls, folder: str | Path, param_dtype: jax.typing.DTypeLike = jnp.float32, *, verify_weights: bool = True
+        cls,
+        folder: str | Path,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+        *,
+        shardings: Any = None,
+        verify_weights: bool = True,
     ) -> tuple["Artefact", RewardModel, RidgeHead | None]:
         """Reads an artefact, or says why not; nothing is ever filled in.
 
         Args:
           folder: an artefact.
           param_dtype: of the backbone's parameters in memory; heads are float32 always.
+          shardings: where the backbone's parameters go, as `load_backbone` takes it.
           verify_weights: compare the weights with their hash (a second pass over files that are then in memory).
 
         Raises:
@@ -183,7 +189,7 @@ class Artefact:
         """
         artefact = cls.open(folder)
         head, ridge = artefact.load_heads()
-        backbone = load_backbone(artefact.folder, param_dtype=param_dtype)
+        backbone = load_backbone(artefact.folder, param_dtype=param_dtype, shardings=shardings)
         if verify_weights:
             artefact.verify()
         return artefact, RewardModel(backbone, head), ridge

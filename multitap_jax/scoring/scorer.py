@@ -20,14 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.special
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from multitap_jax.backbones import Execution
 from multitap_jax.batch import PackedBatch
 from multitap_jax.data.processing import Processing
 from multitap_jax.data.stream import Pair, StreamPacker
-from multitap_jax.parallel.mesh import param_shardings
+from multitap_jax.parallel.mesh import batch_shards, param_shardings, replicated, shard_batch
 from multitap_jax.reward import RewardModel
 from multitap_jax.scoring.artefact import Artefact
 from multitap_jax.scoring.pairs import Source, make_pairs
@@ -90,27 +88,30 @@ class Scorer:
             hidden=hidden,
             batch_tokens=batch_tokens,
             max_length=max_length,
-            cells=1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"],
+            cells=1 if mesh is None else batch_shards(mesh),
             workers=workers,
         )
         heads = (np.zeros((0, hidden)), np.zeros(0)) if ridge is None else (ridge.coef_, ridge.intercept_)
-        shardings = None if mesh is None else (param_shardings(model, mesh), *[NamedSharding(mesh, P())] * 2)
+        shardings = None if mesh is None else (param_shardings(model, mesh), replicated(mesh), replicated(mesh))
         self._weights = jax.device_put((model, *(np.asarray(head, np.float32) for head in heads)), shardings)
-        self._rows = None if mesh is None else NamedSharding(mesh, P(("data", "fsdp")))
-        execution = Execution(dtype=dtype, attention=attention)
-        self._step = jax.jit(functools.partial(_forward, execution), static_argnames="keep_embeddings")
+        self._mesh = mesh
+        self._execution = Execution(dtype=dtype, attention=attention)
         self._lock = threading.Lock()
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, dtype: str = "float32", **options: Any) -> "Scorer":
-        """Loads an artefact; `options` are those of the class.
+    def from_pretrained(
+        cls, path: str | Path, *, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None, **options: Any
+    ) -> "Scorer":
+        """Loads an artefact, each device only what it will hold; `options` are those of the class.
 
         Raises:
           ArtefactError, WeightError: not an artefact, edited, damaged or incomplete; there is no random head.
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r}: expected {' or '.join(DTYPES)}")
-        return cls(*Artefact.load(path, DTYPES[dtype]), dtype=dtype, **options)
+        shardings = None if mesh is None else lambda backbone: param_shardings(backbone, mesh)
+        loaded = Artefact.load(path, DTYPES[dtype], shardings=shardings)
+        return cls(*loaded, dtype=dtype, mesh=mesh, **options)
 
     @property
     def fingerprint(self) -> str:
@@ -215,16 +216,18 @@ class Scorer:
 
     def _compute(self, batch: PackedBatch, embeddings: bool) -> Any:
         """Starts a batch; the arrays that come back are not yet computed."""
-        return self._step(*self._weights, jax.device_put(batch, self._rows), keep_embeddings=embeddings)
+        placed = jax.device_put(batch) if self._mesh is None else shard_batch(batch, self._mesh)
+        return _forward(*self._weights, placed, execution=self._execution, keep_embeddings=embeddings)
 
 
+@functools.partial(jax.jit, static_argnames=("execution", "keep_embeddings"))
 def _forward(
-    execution: Execution,
     model: RewardModel,
     coef: jax.Array,
     intercept: jax.Array,
     batch: PackedBatch,
     *,
+    execution: Execution,
     keep_embeddings: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Logits float32[B, K], objectives float32[B, K, T], and hidden states float32[B, K, H] where they are wanted."""

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from PIL import Image
@@ -65,16 +66,18 @@ def tiny_config(**text: object) -> dict:
     }
 
 
-def tiny_backbone(seed: int = 0, **text: object):
+def tiny_backbone(seed: int = 0, **text: object) -> nnx.Module:
     """Weights drawn so that every part of the model matters to its output."""
-    backbone = from_config(tiny_config(**text), rngs=nnx.Rngs(seed))
+    abstract = nnx.eval_shape(lambda: from_config(tiny_config(**text), rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(seed)
 
-    def draw(leaf: jax.Array) -> np.ndarray:
+    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         noise = rng.standard_normal(leaf.shape).astype(np.float32)
-        return np.asarray(leaf) + np.float32(0.1) * noise
+        name = next(key.name for key in reversed(path) if key.name != "value")
+        fan_in = {"kernel": leaf.shape[-2] if leaf.ndim > 1 else 1, "embedding": 1}.get(name, 100)
+        return jnp.asarray(noise * np.float32(fan_in**-0.5) + np.float32(name == "scale"))
 
-    return jax.tree.map(draw, backbone)
+    return jax.tree_util.tree_map_with_path(draw, abstract)
 
 
 def tiny_model(seed: int = 0, **text: object) -> RewardModel:

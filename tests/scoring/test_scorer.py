@@ -1,7 +1,6 @@
 """The score contract: the same pair, the same score; nothing cut in silence; no NaN passes for a score."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -11,6 +10,7 @@ from multitap_jax.batch import PackedBatch
 from multitap_jax.config import MeshConfig
 from multitap_jax.data.processing import Processing
 from multitap_jax.parallel.mesh import make_mesh
+from multitap_jax.reward import RewardModel
 from multitap_jax.scoring.artefact import Artefact
 from multitap_jax.scoring.readahead import read_ahead
 from multitap_jax.scoring.results import ScoringError
@@ -75,7 +75,7 @@ def alone(saved, image: Image.Image, text: str, request: str | None = None) -> t
         patch_segment=np.ones((1, len(where)), np.int32),
     )
     model, ridge = tiny_model(), tiny_ridge()
-    hidden = np.asarray(model.embed(jax.tree.map(jnp.asarray, batch), Execution()))[0, 0]
+    hidden = np.asarray(jax.jit(RewardModel.embed, static_argnums=2)(model, batch, Execution()))[0, 0]
     logit = hidden @ np.asarray(model.head.weight[...]) + np.asarray(model.head.bias[...])
     return float(logit), ridge.coef_ @ hidden + ridge.intercept_
 
