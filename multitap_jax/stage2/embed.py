@@ -21,7 +21,7 @@ from multitap_jax.data.tables import find_records_file
 from multitap_jax.scoring.journal import input_fingerprint
 from multitap_jax.scoring.progress import progress_bar
 from multitap_jax.scoring.scorer import Scorer
-from multitap_jax.stage2.store import EmbeddingWriter
+from multitap_jax.stage2.store import EmbeddingStore, EmbeddingWriter
 
 WINDOW = 1024
 REJECTED = "rejected.jsonl"
@@ -110,11 +110,12 @@ def embed_records(
         hidden_size=scorer.hidden_size,
         objectives=objectives,
         model_hash=scorer.artefact.model_hash,
-        source_fingerprint=json.dumps(input_fingerprint(file), sort_keys=True),
+        fingerprint=json.dumps(input_fingerprint(file), sort_keys=True),
         shard_rows=shard_rows,
     ) as writer:
         items = iter_records(file, allow_outside_root=allow_outside_root)
-        done = _skip_to(items, writer.last_id)
+        last = EmbeddingStore(folder, allow_partial=True).ids[-1] if writer.rows_done else None
+        done = _skip_to(items, last)
         rejected = [r for r in read_rejected(folder / REJECTED) if r.line <= done.line]
         with progress_bar(lines, done.items, enabled=show_progress) as advance:
             for part in embed_stream(scorer, items, objectives, truncate=truncate):

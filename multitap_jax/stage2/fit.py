@@ -32,12 +32,11 @@ class Ranges:
 
     def objectives(self, head: RidgeHead) -> list[Objective]:
         """The objectives as the artefact describes them."""
-        scores = head.metadata().get("cv_score") or [None] * len(self.names)
+        scores = [None if np.isnan(r2) else float(r2) for r2 in head.r2_]
+        rows = zip(self.names, self._low, self._high, head.alpha_, scores, strict=True)
         return [
             Objective(name, (float(low), float(high)), alpha=float(alpha), cv_score=score)
-            for name, low, high, alpha, score in zip(
-                self.names, self._low, self._high, head.alpha_, scores, strict=True
-            )
+            for name, low, high, alpha, score in rows
         ]
 
 
