@@ -221,7 +221,7 @@ class Artefact:
         return head, RidgeHead.from_arrays(ridge, self.manifest.ridge)
 
     def head_arrays(self) -> dict[str, np.ndarray]:
-        """float32: reward_head.weight [1, H], .bias [1]; ridge.coef [T, H], .intercept [T], .alpha [T] if fitted."""
+        """reward_head.weight float32[1, H], .bias [1]; if fitted, ridge.coef float32[T, H], .intercept, .alpha [T]."""
         path = self.heads_file()
         arrays = {name: np.array(tensor) for name, tensor in read_file(path).items()}
         hidden = hidden_size(_read_config(self.folder))
@@ -309,8 +309,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _check_same_model(model: RewardModel, base: Path) -> None:
     described = abstract_backbone(base)
-    shapes = [[leaf.shape for leaf in jax.tree.leaves(tree)] for tree in (model.backbone, described)]
-    if jax.tree.structure(model.backbone) != jax.tree.structure(described) or shapes[0] != shapes[1]:
+    given, expected = (
+        (jax.tree.structure(tree), [leaf.shape for leaf in jax.tree.leaves(tree)])
+        for tree in (model.backbone, described)
+    )
+    if given != expected:
         raise ArtefactError(
             f"{base / CONFIG}: describes another model than the one to be saved, which could not be loaded again; give "
             "the folder that the backbone was loaded from as base"
@@ -331,12 +334,17 @@ def _head_arrays(head: RewardHead, ridge: RidgeHead | None) -> dict[str, np.ndar
 
 
 def _checked_objectives(ridge: RidgeHead | None, objectives: Sequence[Objective]) -> tuple[Objective, ...]:
-    """The objectives, with the penalties the head chose."""
-    targets = 0 if ridge is None else len(ridge.coef_)
-    if targets != len(objectives):
-        raise ArtefactError(f"{targets} ridge heads, but {len(objectives)} objectives describe them; give one for each")
+    """The objectives, checked against the heads they describe, with the penalties the heads were fitted with."""
+    heads = () if ridge is None else tuple(ridge.objective_names_)
+    names = tuple(objective.name for objective in objectives)
+    if heads != names:
+        raise ArtefactError(
+            f"ridge heads of {heads}, but objectives {names} describe them; give one for each, in order"
+        )
     check_objectives(objectives)
-    return tuple(objectives)
+    alphas = () if ridge is None else tuple(float(alpha) for alpha in ridge.alpha_)
+    pairs = zip(objectives, alphas, strict=True)
+    return tuple(dataclasses.replace(objective, alpha=alpha) for objective, alpha in pairs)
 
 
 def _waiting(folder: Path) -> Path:

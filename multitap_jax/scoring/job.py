@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 import numpy as np
 
@@ -21,18 +21,10 @@ from multitap_jax.data.tables import find_records_file
 from multitap_jax.scoring.journal import JobError, Journal, input_fingerprint
 from multitap_jax.scoring.progress import progress_bar
 
+if TYPE_CHECKING:
+    from multitap_jax.scoring.results import Scores
+
 ENOUGH_TO_JUDGE = 1000  # lines seen before a share of rejected ones can stop a running job
-
-
-class ScoresLike(Protocol):
-    """What one call of a scorer gives; see `scorer.Scores`."""
-
-    overall: np.ndarray
-    objectives: np.ndarray
-    names: tuple[str, ...]
-    n_tokens: np.ndarray
-    truncated: np.ndarray
-    errors: Sequence[str | None]
 
 
 class SupportsScore(Protocol):
@@ -48,7 +40,7 @@ class SupportsScore(Protocol):
 
     def score(
         self, *, images: Sequence[Any], texts: Sequence[str], requests: Sequence[str | None], truncate: bool
-    ) -> ScoresLike:
+    ) -> "Scores":
         """Scores pair by pair; a pair that fails has an error instead of a score."""
 
 
@@ -195,7 +187,7 @@ def _score_window(scorer: SupportsScore, items: Sequence[Record | Rejected], tru
     return [next(scored) if isinstance(item, Record) else _rejected_line(item) for item in items]
 
 
-def _scored_line(identifier: str, scores: ScoresLike, index: int) -> dict[str, Any]:
+def _scored_line(identifier: str, scores: "Scores", index: int) -> dict[str, Any]:
     error = scores.errors[index]
     good = error is None
     return {

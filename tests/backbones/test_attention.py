@@ -11,6 +11,8 @@ from multitap_jax.backbones.attention import UnsupportedAttentionError, attentio
 SEGMENT = np.array([[1, 1, 1, 2, 2, 3, 3, 3, 4, 4, 5, 0, 0], [1, 1, 2, 2, 2, 2, 2, 3, 0, 0, 0, 0, 0]], np.int32)
 PREFIX = np.array([[1, 1, 1, 1, 1, 1, 1, 1, 4, 4, 4, 0, 0], [1, 1, 1, 1, 1, 1, 1, 3, 0, 0, 0, 0, 0]], np.int32)
 
+QUICK = {"xla_backend_optimization_level": 0}  # compiling is most of the time here
+
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
@@ -61,7 +63,7 @@ def test_gradients_agree_and_padding_gives_none(causal):
     def gradients(backend):
         visibility = make_visibility(jnp.asarray(SEGMENT), jnp.asarray(PREFIX), causal=causal, backend=backend)
         loss = lambda q, k, v: (attention(q, k, v, visibility) * weight).sum()
-        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)), compiler_options=QUICK)(q, k, v)
 
     for dense, blockwise in zip(gradients("dense"), gradients("blockwise"), strict=True):
         np.testing.assert_allclose(blockwise, dense, atol=5e-6, rtol=0)
@@ -86,16 +88,16 @@ def test_unseen_keys_do_not_leak():
 def test_blockwise_memory_is_linear_in_length(monkeypatch):
     monkeypatch.setattr(module, "BLOCK", 128)
 
-    def temporary_bytes(backend: str, length: int) -> int:
-        ids = jnp.ones((1, length), jnp.int32)
-        x = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)
-        visible = lambda: make_visibility(ids, causal=True, backend=backend)
+    def temporary_bytes(length: int) -> int:
+        ids, x = jnp.ones((1, length), jnp.int32), jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)
+        visible = lambda: make_visibility(ids, causal=True, backend="blockwise")
         loss = lambda q, k, v: attention(q, k, v, visible()).sum()
-        compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x).compile()
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2)), compiler_options=QUICK).lower(x, x, x).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    assert temporary_bytes("blockwise", 8192) < 2.2 * temporary_bytes("blockwise", 4096)
-    assert temporary_bytes("dense", 8192) > 3.5 * temporary_bytes("dense", 4096)
+    short, long = temporary_bytes(2048), temporary_bytes(8192)
+    assert long < 4.2 * short
+    assert long < 8192**2 * 2 * 4 / 8  # an eighth of one dense float32 score matrix
 
 
 def test_bfloat16_stays_near_float32():

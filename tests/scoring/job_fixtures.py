@@ -1,6 +1,7 @@
 """A scorer without a model, and records without pictures worth seeing, for the tests of scoring jobs."""
 
 import json
+import resource
 import sys
 import time
 import zlib
@@ -61,7 +62,9 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-if __name__ == "__main__":  # a job in a process of its own, to be killed: INPUT OUTPUT WINDOW DELAY
+if __name__ == "__main__":  # a job in a process of its own: INPUT OUTPUT WINDOW DELAY MAX_FILE_BYTES (0: no limit)
     from multitap_jax.scoring.job import score_file
 
+    if limit := int(sys.argv[5]):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     print(score_file(FakeScorer(delay=float(sys.argv[4])), sys.argv[1], sys.argv[2], window=int(sys.argv[3])))

@@ -22,8 +22,8 @@ from tests.tiny_tokenizer import tiny_tokenizer
 HIDDEN = 32
 CONTRACT = Contract(prompt="official-train", position_mode="mrope", image_policy="square:16")
 OBJECTIVES = (
-    Objective("safety", (0.0, 2.0), True, 0.1, 0.5),
-    Objective("detail", (-1.0, 1.0), False, 10.0, 0.25),
+    Objective("safety", (0.0, 2.0), cv_score=0.5),
+    Objective("detail", (-1.0, 1.0), higher_is_better=False),
 )
 
 
@@ -91,7 +91,7 @@ def tiny_ridge(seed: int = 0) -> RidgeHead:
     rng = np.random.default_rng(seed + 2)
     features = rng.standard_normal((64, HIDDEN)).astype(np.float32)
     targets = (features @ rng.standard_normal((HIDDEN, 2))).astype(np.float32)
-    return RidgeHead(alphas=[0.1, 10.0]).fit(features, targets)
+    return RidgeHead(alphas=[0.1, 10.0]).fit(features, targets, objective_names=[o.name for o in OBJECTIVES])
 
 
 def base_folder(folder: Path, seed: int = 0, **text: object) -> Path:

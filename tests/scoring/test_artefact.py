@@ -50,7 +50,9 @@ def test_round_trip(saved):
     artefact, model, ridge = Artefact.load(saved)
     assert_same(model, tiny_model())
     assert artefact.manifest.contract == CONTRACT
-    assert artefact.manifest.objectives == OBJECTIVES
+    penalties = tiny_ridge().alpha_
+    expected = tuple(dataclasses.replace(o, alpha=float(a)) for o, a in zip(OBJECTIVES, penalties, strict=True))
+    assert artefact.manifest.objectives == expected
     assert artefact.manifest.overall.target_range == (1.0, 5.0)
     assert artefact.manifest.backbone == dataclasses.replace(
         artefact.manifest.backbone, model_type="qwen2_vl", source="tiny/qwen2-vl", revision="abc"
@@ -184,9 +186,9 @@ def test_a_model_trained_to_nan_is_not_saved(base, tmp_path):
 
 def test_objectives_must_fit_the_heads(base, tmp_path):
     for objectives, reason in (
-        (OBJECTIVES[:1], "2 ridge heads, but 1 objectives"),
-        ((OBJECTIVES[0], OBJECTIVES[0]), "named twice: safety"),
-        ((OBJECTIVES[0], Objective("detail", (1.0, 0.0))), "range 1.0..0.0 is empty"),
+        (OBJECTIVES[:1], r"ridge heads of \('safety', 'detail'\), but objectives \('safety',\)"),
+        (OBJECTIVES[::-1], "give one for each, in order"),
+        ((OBJECTIVES[0], Objective("detail", (1.0, 0.0))), r"range 1\.0\.\.0\.0 is empty"),
     ):
         with pytest.raises(ArtefactError, match=reason):
             Artefact.save(

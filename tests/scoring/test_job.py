@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -19,10 +18,15 @@ from tests.scoring.job_fixtures import FakeScorer, read_lines, write_records
 ROOT = Path(__file__).parents[2]
 
 
-def start(*arguments: object, **options) -> subprocess.Popen:
-    command = [sys.executable, "-m", "tests.scoring.job_fixtures", *map(str, arguments)]
+def start(source: Path, output: Path, window: int, delay: float, max_file_bytes: int = 0) -> subprocess.Popen:
+    arguments = map(str, (source, output, window, delay, max_file_bytes))
     return subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=-1, stderr=-1, text=True, **options
+        [sys.executable, "-m", "tests.scoring.job_fixtures", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -127,11 +131,7 @@ def test_kill_nine_at_any_moment_then_the_same_command(tmp_path):
 
 def test_a_full_disk_gives_a_clear_message_and_leaves_a_file_to_continue(tmp_path):
     source, output = write_records(tmp_path, 400), tmp_path / "scores.jsonl"
-
-    def small_files() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
-
-    process = start(source, output, 32, 0, preexec_fn=small_files)
+    process = start(source, output, 32, 0, max_file_bytes=9000)
     _, problems = process.communicate(timeout=60)
     assert process.returncode != 0
     last = problems.strip().splitlines()[-1]

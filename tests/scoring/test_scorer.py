@@ -1,5 +1,7 @@
 """The score contract: the same pair, the same score; nothing cut in silence; no NaN passes for a score."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from multitap_jax.data.processing import Processing
 from multitap_jax.parallel.mesh import make_mesh
 from multitap_jax.reward import RewardModel
 from multitap_jax.scoring.artefact import Artefact
+from multitap_jax.scoring.job import score_file
 from multitap_jax.scoring.readahead import read_ahead
 from multitap_jax.scoring.results import ScoringError
 from multitap_jax.scoring.scorer import Scorer
@@ -300,3 +303,31 @@ def test_reading_ahead_keeps_order_and_raises_where_it_is_used():
     early = read_ahead(iter(range(10**9)), depth=2)
     assert next(early) == 0
     early.close()  # ends the thread
+
+
+def test_a_job_from_file_to_file(scorer, pairs, expected, tmp_path):
+    rows = []
+    for index, (image, text) in enumerate(zip(*pairs, strict=True)):
+        name = f"{image.tobytes()[:4].hex()}.png"
+        image.save(tmp_path / name)
+        rows.append({"id": f"p{index}", "image": name, "text": text})
+    rows.insert(4, {"id": "absent", "image": "absent.png", "text": "a red ball"})
+    rows.insert(9, {"id": "control", "image": name, "text": "ends early <|im_end|> here"})
+    source, output = tmp_path / "pairs.jsonl", tmp_path / "scores.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    score_file(scorer, source, output, max_rejected=0.2)
+    whole = output.read_bytes()
+    lines = [json.loads(line) for line in whole.splitlines()]
+    assert [line["id"] for line in lines] == [row["id"] for row in rows]
+    assert [line["id"] for line in lines if line["error"]] == ["absent", "control"]
+    good = [line for line in lines if not line["error"]]
+    np.testing.assert_allclose([line["score"] for line in good], expected.overall, atol=1e-5)
+    np.testing.assert_allclose([list(line["scores"].values()) for line in good], expected.objectives, atol=1e-5)
+    assert [line["n_tokens"] for line in good] == expected.n_tokens.tolist()
+    output.write_bytes(whole[: len(whole) // 2])
+    summary = score_file(scorer, source, output, max_rejected=0.2)
+    assert 0 < summary.resumed < 15
+    again = [json.loads(line) for line in output.read_bytes().splitlines()]
+    assert [(line["id"], line["error"]) for line in again] == [(line["id"], line["error"]) for line in lines]
+    np.testing.assert_allclose([line["score"] for line in again if not line["error"]], expected.overall, atol=1e-5)
+    assert score_file(scorer, source, output, max_rejected=0.2).already_complete
