@@ -22,7 +22,7 @@ class Execution:
     Attributes:
       dtype: computation type, "float32" or "bfloat16"; norms, softmax and rotary angles stay float32.
       remat: what the backward pass recomputes: "none", "dots" (all but weight products), "full" (all of a layer).
-      attention: attention backend, a name of `attention.BACKENDS`.
+      attention: attention backend, a name of `attention.BACKENDS`, or "auto", the fastest for platform and length.
       layers: "scan" compiles one layer; "loop" unrolls them (for debugging; same values).
 
     Raises:
@@ -31,7 +31,7 @@ class Execution:
 
     dtype: str = "float32"
     remat: str = "none"
-    attention: str = "dense"
+    attention: str = "auto"
     layers: str = "scan"
 
     def __post_init__(self) -> None:

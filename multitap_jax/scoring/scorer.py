@@ -70,7 +70,7 @@ class Scorer:
         batch_tokens: int = 16384,
         max_length: int = 2048,
         truncate: bool = False,
-        attention: str = "dense",
+        attention: str = "auto",
         mesh: jax.sharding.Mesh | None = None,
         workers: int = 4,
     ):

@@ -80,7 +80,7 @@ def test_packing_equals_each_pair_alone(backbone, mode):
     assert_same_gradients(gradient, total)
 
 
-@pytest.mark.parametrize("setting", [{"layers": "loop"}, {"attention": "blockwise"}], ids=str)
+@pytest.mark.parametrize("setting", [{"layers": "loop"}, {"attention": "blockwise"}, {"attention": "chunked"}], ids=str)
 def test_execution_changes_no_value(backbone, setting):
     batch = pack(packed_rows(), row_length=96, vision_length=64, spare=1)
     expected = forward(backbone, batch, FLOAT32)
