@@ -8,6 +8,7 @@ Fewer rows than features is the classical case for the dual; here the rows are r
 they span, which is the same regression (its solution lies in that span) at the same cost, so one solver does both.
 """
 
+import functools
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from multitap_jax.stage2.refine import Rows
 
 CHUNK_ROWS = 1024
 SHIFT_ROWS = 1024
+Subset = tuple[bool, ...]
 
 
 class DataError(ValueError):
@@ -141,10 +143,10 @@ class Accumulator:
             chunk_rows,
         )
         self._kept: list[Rows] = []
-        self._moments: mm.Moments  # once the rows are too many to be kept
         self._keeping = True
-        self._subsets: list[tuple[bool, ...]] = []  # the objectives a bucket serves; bucket = subset * folds + fold
-        self._pending: dict[int, list[Rows]] = {}
+        # The objectives a row counts for -> its sums, one bucket a fold; and what waits to fill a chunk.
+        self._sums: dict[Subset, mm.Moments] = {}
+        self._pending: dict[tuple[Subset, int], list[Rows]] = {}
         self._num_rows = 0
 
     def add(self, rows: Rows) -> None:
@@ -181,14 +183,14 @@ class Accumulator:
         if self._keeping:
             groups, shift, basis = self._rotated()
         else:
-            groups = self._bucket_groups()
+            groups = self._summed()
         constant = self._low >= self._high
         return Collected(groups, self._num_rows, self._observed, constant, shift, basis)
 
     # ---- few rows: kept, rotated, float64 ----
 
     def _rotated(self) -> tuple[list[TargetGroup], np.ndarray, np.ndarray]:
-        rows = Rows(*(np.concatenate(parts) for parts in zip(*self._kept, strict=True)))
+        rows = _concatenate(self._kept)
         x = rows.x.astype(np.float64)
         shift = x.mean(0) if self._fit_intercept and len(x) else np.zeros(x.shape[1])
         basis, triangle = scipy.linalg.qr((x - shift[None, :]).T, mode="economic")
@@ -205,87 +207,86 @@ class Accumulator:
     # ---- many rows: moments on the device ----
 
     def _spill(self) -> None:
-        rows = Rows(*(np.concatenate(parts) for parts in zip(*self._kept, strict=True)))
+        rows = _concatenate(self._kept)
         self._kept, self._keeping = [], False
         labels = rows.y[:SHIFT_ROWS]
-        count = np.maximum((~np.isnan(labels)).sum(0), 1)
-        shift, label_shift = rows.x[:SHIFT_ROWS].mean(0, dtype=np.float64), np.nansum(labels, 0) / count
-        self._moments = mm.init(rows.x.shape[1], rows.y.shape[1], 0, shift, label_shift)
-        self._empty = mm.init(rows.x.shape[1], rows.y.shape[1], self._folds, shift, label_shift)
+        shift = rows.x[:SHIFT_ROWS].mean(0, dtype=np.float64)
+        label_shift = np.nansum(labels, 0) / np.maximum((~np.isnan(labels)).sum(0), 1)
+        self._empty = lambda: mm.init(len(shift), len(label_shift), self._folds, shift, label_shift)
         self._route(rows)
 
     def _route(self, rows: Rows) -> None:
-        """Queues the rows by bucket, and sends what fills a chunk."""
+        """Queues the rows by subset and fold, and sends what fills a chunk."""
         patterns, which = np.unique(~np.isnan(rows.y), axis=0, return_inverse=True)
         for index, pattern in enumerate(patterns):
             here = which.reshape(-1) == index
             for subset in self._subsets_for(tuple(pattern.tolist())):
-                for fold in np.unique(rows.fold[here]):
-                    part = Rows(*(column[here & (rows.fold == fold)] for column in rows))
-                    bucket = subset * self._folds + int(fold)
-                    self._pending.setdefault(bucket, []).append(part)
-                    if sum(len(queued.x) for queued in self._pending[bucket]) >= self._chunk_rows:
-                        self._flush(bucket)
+                for fold in np.unique(rows.fold[here]).tolist():
+                    queue = self._pending.setdefault((subset, fold), [])
+                    queue.append(Rows(*(column[here & (rows.fold == fold)] for column in rows)))
+                    if sum(len(part.x) for part in queue) >= self._chunk_rows:
+                        self._flush(subset, fold)
 
-    def _subsets_for(self, pattern: tuple[bool, ...]) -> list[int]:
-        """Indices of the subsets that count a row of this pattern.
+    def _subsets_for(self, pattern: Subset) -> list[Subset]:
+        """The subsets whose sums count a row of this pattern.
 
         One subset a pattern costs each row one update. With more patterns than objectives (labels missing at random)
         there is one subset an objective instead, and a row costs an update an objective: memory stays bounded.
         """
-        single = [tuple(bool(v) for v in row) for row in np.eye(len(pattern), dtype=bool)]
-        if pattern not in self._subsets and self._subsets != single:
-            if len(self._subsets) < len(pattern):
-                self._subsets.append(pattern)
-                self._moments = mm.concatenate([self._moments, self._empty])
+        single = [tuple(row) for row in np.eye(len(pattern), dtype=bool).tolist()]
+        if set(self._sums) != set(single) and pattern not in self._sums:
+            if len(self._sums) < len(pattern):
+                self._sums[pattern] = self._empty()
             else:
                 self._regroup(single)
-        if self._subsets == single:
-            return [index for index, present in enumerate(pattern) if present]
-        return [self._subsets.index(pattern)]
+        if set(self._sums) != set(single):
+            return [pattern]
+        return [subset for subset, present in zip(single, pattern, strict=True) if present]
 
-    def _regroup(self, subsets: list[tuple[bool, ...]]) -> None:
-        """From one subset a pattern to one an objective: sums of buckets."""
-        for bucket in list(self._pending):
-            self._flush(bucket, whole=True)
-        parts = []
-        for target in range(len(subsets)):
-            total = self._empty
-            for index, pattern in enumerate(self._subsets):
-                if pattern[target]:
-                    total = mm.merge(total, mm.take(self._moments, index * self._folds, self._folds))
-            parts.append(total)
-        self._moments, self._subsets = mm.concatenate(parts), subsets
+    def _regroup(self, subsets: Sequence[Subset]) -> None:
+        """From one subset a pattern to one an objective: each takes the sums of the patterns that have it."""
+        self._flush_all()
+        self._sums = {
+            subset: functools.reduce(
+                mm.merge, [sums for pattern, sums in self._sums.items() if pattern[target]], self._empty()
+            )
+            for target, subset in enumerate(subsets)
+        }
 
-    def _flush(self, bucket: int, whole: bool = False) -> None:
-        rows = Rows(*(np.concatenate(parts) for parts in zip(*self._pending.pop(bucket), strict=True)))
+    def _flush(self, subset: Subset, fold: int, whole: bool = False) -> None:
+        rows = _concatenate(self._pending.pop((subset, fold)))
         size, start = self._chunk_rows, 0
         while start < len(rows.x) and (whole or len(rows.x) - start >= size):
             part = Rows(*(column[start : start + size] for column in rows))
             pad = ((0, size - len(part.x)), (0, 0))
-            self._moments = mm.update(
-                self._moments,
+            self._sums[subset] = mm.update(
+                self._sums[subset],
                 np.pad(part.x.astype(np.float32), pad),
                 np.pad(part.y.astype(np.float32), pad),
                 np.pad(part.weight.astype(np.float32), pad[0]),
-                np.int32(bucket),
+                np.int32(fold),
             )
             start += size
         if start < len(rows.x):
-            self._pending[bucket] = [Rows(*(column[start:] for column in rows))]
+            self._pending[subset, fold] = [Rows(*(column[start:] for column in rows))]
 
-    def _bucket_groups(self) -> list[TargetGroup]:
-        for bucket in list(self._pending):
-            self._flush(bucket, whole=True)
-        stats, groups = mm.finalize(self._moments), []
-        for targets in _equal_columns(np.array(self._subsets)):
-            serving = [index for index, subset in enumerate(self._subsets) if subset[targets[0]]]
-            folds = []
-            for fold in range(self._folds):
-                parts = [stats[index * self._folds + fold] for index in serving]
-                folds.append(mm.select(mm.combine(parts), targets))
+    def _flush_all(self) -> None:
+        for subset, fold in list(self._pending):
+            self._flush(subset, fold, whole=True)
+
+    def _summed(self) -> list[TargetGroup]:
+        self._flush_all()
+        stats = {subset: mm.finalize(self._sums.pop(subset)) for subset in list(self._sums)}
+        groups = []
+        for targets in _equal_columns(np.array(list(stats))):
+            serving = [folds for subset, folds in stats.items() if subset[targets[0]]]
+            folds = [mm.select(mm.combine(parts), targets) for parts in zip(*serving, strict=True)]
             groups.append(TargetGroup(targets, folds))
         return groups
+
+
+def _concatenate(parts: Sequence[Rows]) -> Rows:
+    return Rows(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
 def _equal_columns(table: np.ndarray) -> list[np.ndarray]:

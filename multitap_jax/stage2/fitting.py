@@ -111,8 +111,8 @@ def _criterion(
         if fold_mse is not None:
             if sum(fold.num_rows > 0 for fold in group.folds) < 2:
                 raise DataError(
-                    f"objective {names[which[0]]}: its {total.num_rows} rated rows fall into one fold, so nothing can be "
-                    "held out; give more groups, other groups, or cv='gcv'"
+                    f"objective {names[which[0]]}: its {total.num_rows} rated rows fall into one fold, so nothing can "
+                    "be held out; give more groups, other groups, or cv='gcv'"
                 )
             paths.append(solve.kfold(group.folds, own, settings.fit_intercept))
             mse[:, which] = sum(path.error for path in paths[-1]) / total.weight

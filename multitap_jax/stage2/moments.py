@@ -9,7 +9,7 @@ the labels' own moments together. Two traps of float32 are met here (the figures
   float-float  a running float32 sum over millions of rows drifts; the sum is kept as hi + lo with the exact TwoSum of
                Knuth (TAOCP 4.2.2), 48 bits in all, and needs no 64-bit mode of JAX.
 
-Rows fall into buckets (cross-validation fold x missing-label pattern): sums of buckets give every training set.
+Rows fall into buckets, the folds of cross-validation: sums of buckets give every training set.
 """
 
 import functools
@@ -82,14 +82,14 @@ def init(num_features: int, num_objectives: int, buckets: int, shift: Array, lab
     return Moments(empty, empty.copy(), jnp.zeros(buckets, jnp.int32), shift, label_shift)
 
 
-def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
+def _two_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     """a + b as the rounded sum and its exact rounding error."""
     total = a + b
     rest = total - a
     return total, (a - (total - rest)) + (b - rest)
 
 
-def _add(hi: Array, lo: Array, more_hi: Array, more_lo: Array) -> tuple[Array, Array]:
+def _add(hi: jax.Array, lo: jax.Array, more_hi: jax.Array, more_lo: jax.Array) -> tuple[jax.Array, jax.Array]:
     total, error = _two_sum(hi, more_hi)
     return _two_sum(total, error + lo + more_lo)
 
@@ -127,18 +127,6 @@ def merge(a: Moments, b: Moments) -> Moments:
     """The moments of both sets of rows. Both must have been begun with the same shifts."""
     hi, lo = _add(a.hi, a.lo, b.hi, b.lo)
     return a._replace(hi=hi, lo=lo, num_rows=a.num_rows + b.num_rows)
-
-
-def concatenate(parts: Sequence[Moments]) -> Moments:
-    """The buckets of all parts, one after the other; the parts share their shifts."""
-    hi, lo, count = (jnp.concatenate([part[field] for part in parts]) for field in range(3))
-    return parts[0]._replace(hi=hi, lo=lo, num_rows=count)
-
-
-def take(moments: Moments, start: int, buckets: int) -> Moments:
-    """`buckets` buckets from `start` on."""
-    hi, lo, count = (part[start : start + buckets] for part in moments[:3])
-    return moments._replace(hi=hi, lo=lo, num_rows=count)
 
 
 def finalize(moments: Moments) -> list[Statistics]:
