@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
-from multitap_jax.backbones import Execution
+from multitap_jax.backbones import Backbone, Execution
 from multitap_jax.batch import PackedBatch
 
 
@@ -42,7 +42,7 @@ class RewardHead(nnx.Module):
 class RewardModel(nnx.Module):
     """`model(batch, execution)` gives logits; their sigmoid (in float32) is the overall score."""
 
-    def __init__(self, backbone: nnx.Module, head: RewardHead):
+    def __init__(self, backbone: Backbone, head: RewardHead):
         self.backbone = backbone
         self.head = head
 

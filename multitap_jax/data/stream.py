@@ -89,7 +89,7 @@ class StreamPacker:
         encoded = self._prompter.encode(
             [p.text for p in pairs], [p.request for p in pairs], [len(p.images) for p in pairs]
         )
-        grids = {image.key: image.grid for image in images.values()}
+        grids: dict[Hashable, tuple[int, int]] = {image.key: image.grid for image in images.values()}
         examples: list[Example] = []
         usable: list[int] = []
         for index, (pair, item) in enumerate(zip(pairs, encoded, strict=True)):
@@ -104,7 +104,7 @@ class StreamPacker:
             out.errors[index] = error
             if error is None:
                 usable.append(index)
-        by_key = {image.key: image for image in images.values()}
+        by_key: dict[Hashable, ImagePatches] = {image.key: image for image in images.values()}
         out.batches = self._batches(examples, usable, by_key, grids)
         return out
 

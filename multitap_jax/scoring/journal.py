@@ -28,7 +28,7 @@ FORMAT_VERSION = 1
 SAMPLE = 1 << 20
 
 
-class JobError(RuntimeError):
+class JobError(ValueError):
     """A job that cannot start or go on; the message names the file and the remedy."""
 
 

@@ -50,7 +50,7 @@ def partition(model: RewardModel, parts: str) -> Partition:
     """
     if parts not in _LEARNS:
         raise ConfigError(f"config.trainable.parts = {parts!r}: expected one of {', '.join(_LEARNS)}")
-    graph, trainable, frozen = nnx.split(model, lambda path, _: _LEARNS[parts](path), ...)
+    graph, trainable, frozen = nnx.split(model, lambda path, _: _LEARNS[parts](path), ...)  # type: ignore[misc]
     if parts == "lora" and not any(linear.lora_a is not None for _, linear in _linears(model)):
         raise ConfigError("config.trainable.parts = 'lora', but the model has no adapters; call add_lora(model) first")
     return Partition(graph, trainable, frozen, model.backbone.config.merge_size)

@@ -6,6 +6,8 @@ Formats: `artefact` (the same folder elsewhere), `heads` (reward and ridge heads
 (keys backbone_model.* and reward_head.*, as the official PyTorch code reads them).
 """
 
+from collections.abc import Callable
+
 from absl import flags
 
 FORMATS = ("artefact", "heads", "official")
@@ -21,7 +23,7 @@ def define_flags(values: flags.FlagValues) -> None:
 def run(values: flags.FlagValues) -> int:
     from multitap_jax.scoring import export
 
-    writers = {
+    writers: dict[str, Callable[..., object]] = {
         "artefact": export.export_artefact,
         "heads": export.export_heads,
         "official": export.export_official,

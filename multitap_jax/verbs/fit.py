@@ -35,7 +35,6 @@ def run(values: flags.FlagValues) -> int:
             head,
             load_scorer(values),
             values.input,
-            values.checkpoint,
             max_rejected=values.max_rejected,
             allow_outside_root=values.allow_outside_root,
         )

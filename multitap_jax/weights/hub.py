@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from multitap_jax.backbones import UnsupportedModelError, from_config
+from multitap_jax.backbones import Backbone, UnsupportedModelError, from_config
 from multitap_jax.config import ConfigError
 from multitap_jax.weights import qwen2_vl
 from multitap_jax.weights.files import FolderError, read_json, read_tensors, write_folder
@@ -20,7 +20,7 @@ from multitap_jax.weights.mapping import Slot, Table, WeightError, match, named_
 _TABLES: dict[str, Table] = {"qwen2_vl": qwen2_vl.TABLE}
 
 
-def abstract_backbone(folder: str | Path, *, param_dtype: Any = jnp.float32) -> nnx.Module:
+def abstract_backbone(folder: str | Path, *, param_dtype: Any = jnp.float32) -> Backbone:
     """The backbone that a folder's `config.json` describes, with shapes in place of arrays.
 
     Pixel statistics come from `preprocessor_config.json` or `processor_config.json` where there is one.
@@ -43,7 +43,7 @@ def abstract_backbone(folder: str | Path, *, param_dtype: Any = jnp.float32) -> 
 
 def load_backbone(
     folder: str | Path, *, param_dtype: Any = jnp.float32, shardings: Any = None, prefix: str = ""
-) -> nnx.Module:
+) -> Backbone:
     """Builds the backbone of a checkpoint folder; every parameter comes from the files, none from a random source.
 
     Args:
