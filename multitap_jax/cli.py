@@ -59,6 +59,11 @@ def _flag_help(values: flags.FlagValues) -> str:
     )
 
 
+def _is_explained(error: Exception) -> bool:
+    """Whether the message was written for the user; other runtime errors (a compiler's, say) keep their traceback."""
+    return not isinstance(error, RuntimeError) or type(error).__module__.startswith("multitap_jax.")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -86,8 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nmultitap {argv[0]}: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
-        if os.environ.get("MULTITAP_TRACEBACK"):
+    except (ValueError, OSError, RuntimeError) as error:
+        if os.environ.get("MULTITAP_TRACEBACK") or not _is_explained(error):
             raise
         print(f"multitap {argv[0]}: {error}", file=sys.stderr)
         return 1

@@ -112,7 +112,7 @@ def report_data(
             for name, j in results.runs.items()
         ],
         train_loss=[(row["step"], row["loss"]) for row in rows if "loss" in row],
-        heldout_loss=[(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row],
+        heldout_loss=[(row["step"], row["evaluation"]["loss"]) for row in rows if "evaluation" in row],
         human=trained.human,
         predicted=trained.predicted,
         objectives=[

@@ -117,14 +117,16 @@ def embed_records(
         last = EmbeddingStore(folder, allow_partial=True).ids[-1] if writer.rows_done else None
         done = _skip_to(items, last)
         rejected = [r for r in read_rejected(folder / REJECTED) if r.line <= done.line]
+        rows = writer.rows_done
         with progress_bar(lines, done.items, enabled=show_progress) as advance:
             for part in embed_stream(scorer, items, objectives, truncate=truncate):
                 rejected += part.rejected
                 write_rejected(folder / REJECTED, rejected)
                 writer.append(part.ids, part.embeddings, part.labels, part.groups)
+                rows += len(part.ids)
                 advance(len(part.ids) + len(part.rejected))
-        check_rejected_share(file, writer.rows_done, rejected, max_rejected)
-    return EmbedSummary(writer.rows_done, len(rejected), folder)
+        check_rejected_share(file, rows, rejected, max_rejected)
+    return EmbedSummary(rows, len(rejected), folder)
 
 
 class _Done(NamedTuple):
