@@ -165,7 +165,9 @@ def _solve(
         refined = refine(replay, precondition, coef, alpha, mean, label_mean, energy)
         coef = refined.coef
         for i in np.flatnonzero(refined.error > 100 * TOLERANCE).tolist():
-            notes.append(f"{names[i]}: alpha is so small that predictions are good to {refined.error[i]:.0e} only")
+            notes.append(
+                f"{names[i]}: alpha {alpha[i]:.3g} is too small to solve fully; error left: {refined.error[i]:.0e}"
+            )
     elif data.basis is None:
         for which, _, spectrum in systems:
             for i in which[~flat[which] & (alpha[which] < STREAM_FLOOR * spectrum.values[-1])].tolist():

@@ -184,16 +184,19 @@ class RidgeHead:
         return out
 
     def score(self, X: np.ndarray, Y: np.ndarray, sample_weight: np.ndarray | None = None) -> float:
-        """Mean over the objectives of R2 on the rows that have the label."""
+        """Mean of R2 over the objectives whose labels vary, each on the rows that have the label; NaN if none does."""
         Y = np.asarray(Y, np.float64).reshape(len(X), -1)
         weight = np.ones(len(Y)) if sample_weight is None else np.asarray(sample_weight, np.float64)
         predicted, scores = self.predict(X), []
         for column in range(Y.shape[1]):
             seen = ~np.isnan(Y[:, column])
+            if not weight[seen].any():
+                continue
             y, w = Y[seen, column], weight[seen]
             spread = np.sum(w * (y - np.average(y, weights=w)) ** 2)
-            scores.append(1.0 - np.sum(w * (y - predicted[seen, column]) ** 2) / spread)
-        return float(np.mean(scores))
+            if spread > 0:
+                scores.append(1.0 - np.sum(w * (y - predicted[seen, column]) ** 2) / spread)
+        return float(np.mean(scores)) if scores else float("nan")
 
     def _check_fitted(self) -> None:
         if not hasattr(self, "coef_"):
@@ -212,6 +215,7 @@ class RidgeHead:
         params = self.get_params()
         if not isinstance(self.alphas, str):
             params["alphas"] = np.atleast_1d(self.alphas).tolist()
+        params = {key: value.item() if isinstance(value, np.generic) else value for key, value in params.items()}
         return {
             "format": "multitap-ridge",
             "version": 1,

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 TOLERANCE = 1e-7  # error of the predictions, in standard deviations of the labels
-MAX_PASSES = 10
+MAX_PASSES = 20
 
 
 class Rows(NamedTuple):

@@ -217,7 +217,7 @@ class EmbeddingWriter:
             self.close()
 
     def _commit(self, rows: int) -> None:
-        embeddings, labels = np.concatenate(self._embeddings), np.concatenate(self._labels)
+        embeddings, labels = _joined(self._embeddings), _joined(self._labels)
         data = safetensors.numpy.save(
             {"embeddings": np.ascontiguousarray(embeddings[:rows]), "labels": np.ascontiguousarray(labels[:rows])},
             metadata={"ids": json.dumps(self._ids[:rows]), "groups": json.dumps(self._groups[:rows])},
@@ -341,6 +341,10 @@ class EmbeddingStore:
             )
         # A row without a group is its own group: its id, which no other row shares.
         return x, y, [group or f"id:{record}" for group, record in zip(groups, ids, strict=True)]
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)  # a long append is cut into shards without copies
 
 
 def _array(tensor: dict[str, Any]) -> np.ndarray:

@@ -15,6 +15,7 @@ from tests.stage2.data import embeddings, relative_error, sklearn_predictions, w
 
 MANY, FEW = 2600, 30  # above SHIFT_ROWS: moments on the device; below the 40 features: the dual case
 ALPHAS = np.logspace(-2, 4, 7)
+LARGER = ALPHAS[2:]  # from 1e-6 of the largest eigenvalue on, where float32 statistics alone give 4 digits
 
 
 @pytest.mark.parametrize("rows", [MANY, 500, FEW])
@@ -47,7 +48,7 @@ def test_coefficients_equal_sklearn(rows):
 def test_a_single_pass_equals_sklearn(solver):
     x, y = embeddings(MANY)
     batches = ((x[i : i + 331], y[i : i + 331], None) for i in range(0, MANY, 331))
-    head = RidgeHead(ALPHAS, solver=solver).fit_stream(batches)
+    head = RidgeHead(LARGER, solver=solver).fit_stream(batches)
     assert head.cv_predictions_ is None
     assert relative_error(head.predict(x), sklearn_predictions(x, y, head.alpha_, x)) < 1e-4
 
@@ -55,10 +56,14 @@ def test_a_single_pass_equals_sklearn(solver):
 def test_a_tiny_alpha_on_low_rank_rows_is_refined_to_float64():
     x, y = embeddings(MANY, rank=7)
     new = embeddings(300, rank=7, seed=9)[0]
-    head = RidgeHead([1e-6], selection="train-mse").fit(x, y)
-    assert relative_error(head.predict(new), sklearn_predictions(x, y, head.alpha_, new)) < 1e-4
-    once = RidgeHead([1e-6], selection="train-mse").fit_stream(iter([(x, y, None)]))
+    alphas = [1e-3]  # 1e-9 of the largest eigenvalue, while 33 of the 40 eigenvalues are 0
+    head = RidgeHead(alphas, selection="train-mse").fit(x, y)
+    assert relative_error(head.predict(new), sklearn_predictions(x, y, head.alpha_, new)) < 1e-5
+    assert not head.notes_
+    once = RidgeHead(alphas, selection="train-mse").fit_stream(iter([(x, y, None)]))
     assert "single float32 pass" in once.notes_[0]
+    hopeless = RidgeHead([1e-7], selection="train-mse").fit(x, y)
+    assert "too small to solve fully" in hopeless.notes_[0]
 
 
 @pytest.mark.parametrize("rows", [MANY, 400, FEW])
@@ -87,9 +92,6 @@ def test_sample_weights_equal_sklearn(rows):
     weight[::7] = 0.0
     head = RidgeHead(ALPHAS).fit(x, y, sample_weight=weight)
     assert relative_error(head.predict(x), sklearn_predictions(x, y, head.alpha_, x, weight=weight)) < 1e-5
-
-
-LARGER = ALPHAS[2:]  # from 1e-6 of the largest eigenvalue on, where float32 statistics give 4 digits of a prediction
 
 
 def loop_over_folds(x, y, weight, groups, folds):
