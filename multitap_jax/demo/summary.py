@@ -21,8 +21,8 @@ from multitap_jax.scoring.artefact import Artefact
 BOOTSTRAP = 400
 RUNS = {
     "trained": "trained",
-    "untrained": "same model, untrained",
-    "blanked": "trained model, pictures blanked",
+    "untrained": "untrained",
+    "blanked": "pictures blanked",
 }
 SHOWN = {"tau_b": "tau_b", "tau_c": "tau_c", "Pearson": "pearson", "Spearman": "spearman"}
 NOTES = (
@@ -80,16 +80,20 @@ def _judge(predicted: list[float], human: list[float], records: Sequence[Record]
 
 def summary_table(results: Results) -> Table:
     """Agreement of the three runs and of the seven heads, for the terminal."""
-    table = Table(title=f"Agreement with the ratings of {len(results.records)} held-out pairs (95 % interval)")
-    table.add_column("")
-    for name in SHOWN:
-        table.add_column(name)
-    table.add_column("accuracy ±0.5")
+    table = Table(title=f"Agreement with the ratings of {len(results.records)} held-out pairs")
+    for name in ("", "tau_c [95 %]", "tau_b", "Pearson", "Spearman", "±0.5"):
+        table.add_column(name, no_wrap=True)
     for name, judged in [*((RUNS[n], j) for n, j in results.runs.items()), *results.objectives.items()]:
         if name == OBJECTIVES[0]:
             table.add_section()
-        cells = [str(_interval(judged.metrics.statistics()[key])) for key in SHOWN.values()]
-        table.add_row(name, *cells, f"{judged.metrics.accuracy.value:.1%}")
+        found = judged.metrics
+        others = (found.tau_b, found.pearson, found.spearman)
+        table.add_row(
+            name.replace("_", " "),
+            f"{found.tau_c.value:.2f} [{found.tau_c.interval.low:.2f}, {found.tau_c.interval.high:.2f}]",
+            *(f"{statistic.value:.2f}" for statistic in others),
+            f"{found.accuracy.value:.0%}",
+        )
     return table
 
 
@@ -155,9 +159,9 @@ def _examples(records: Sequence[Record], judged: Judged) -> list[tuple[str, list
     ]
     ranked = sorted(full, key=agreement)
     sections = [
-        ("Ordered as people order them", ranked[::-1][:3]),
-        ("Typical", ranked[len(ranked) // 2 : len(ranked) // 2 + 3]),
-        ("Largest errors", sorted(full, key=error)[::-1][:3]),
+        ("Ordered as people order them", ranked[::-1][:4]),
+        ("Typical", ranked[len(ranked) // 2 : len(ranked) // 2 + 4]),
+        ("Largest errors", sorted(full, key=error)[::-1][:4]),
     ]
     return [
         (heading, [Example(records[i[0]].images[0], _texts(records, judged, i)) for i in chosen])
