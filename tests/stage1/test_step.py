@@ -62,7 +62,7 @@ def test_the_step_is_the_obvious_gradient_descent():
         here = batch.record >= 0
         return jnp.sum(jnp.where(here, (scores - batch.target) ** 2, 0.0)) / here.sum().astype(jnp.float32)
 
-    tx = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(1e-2, weight_decay=0.1))
+    tx = make_optimizer(OPTIMIZER, 10)
     opt_state, expected = tx.init(params), []
     for index in range(3):
         value, grads = jax.value_and_grad(loss)(params, jax.tree.map(jnp.asarray, toy_batch(index)))

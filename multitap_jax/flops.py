@@ -1,0 +1,122 @@
+"""Arithmetic of a Qwen2-VL step, and how much of a device's peak it uses (MFU).
+
+Only useful work counts: no padding, no recomputation (remat), no optimizer. A product of [n, a] and [a, b] is 2 n a b.
+
+  decoder, per token and layer     2 (2 H A D + 2 H G D + 3 H I)            q and o, k and v, gated MLP of inner size I
+  decoder, per visible pair, layer 4 A D                                    scores and mix, exactly under the mask
+  vision, per patch and layer      2 (4 E^2 + 2 E V)                        qkv and out, MLP of inner size V
+  vision, per visible pair, layer  4 E
+  vision, per patch                2 F E                                    patch embedding (frames folded)
+  merger, per cell of m^2 patches  2 ((m^2 E)^2 + m^2 E H)
+
+Causal attention counts what is visible, about half of S^2. A backward pass is twice a forward pass where weights learn
+and once where only activations need gradients; so training everything costs 3 forward passes.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from multitap_jax.batch import PackedBatch
+
+# Dense bfloat16 FLOP/s of one device as `jax.Device.device_kind` names it; vendors' data sheets, without sparsity.
+PEAK_FLOPS: dict[str, float] = {
+    "NVIDIA B200": 2250e12,
+    "NVIDIA H200": 989.4e12,
+    "NVIDIA H100 NVL": 835.5e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989.4e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA A40": 149.7e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA L4": 121e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+}
+
+# Forward passes that a training step is worth, (decoder, vision), by what learns. Adapters need the gradients of
+# activations but hardly any of weights; they are counted as sitting in the decoder.
+TRAINING_FACTORS: dict[str, tuple[int, int]] = {"full": (3, 3), "text": (3, 1), "lora": (2, 1), "head": (1, 1)}
+
+
+class Work(NamedTuple):
+    """What a batch asks for: real tokens and patches, and how many (query, key) pairs the mask lets see each other."""
+
+    tokens: int
+    token_pairs: int
+    patches: int
+    patch_pairs: int
+    padded_tokens: int
+
+
+class Flops(NamedTuple):
+    """Forward floating-point operations of the decoder and of the vision tower with its merger."""
+
+    decoder: float
+    vision: float
+
+    @property
+    def total(self) -> float:
+        """Of both."""
+        return self.decoder + self.vision
+
+
+def count_work(batch: PackedBatch) -> Work:
+    """Counts the work of a batch on the host, from its segments alone."""
+    segment, prefix = np.asarray(batch.segment), np.asarray(batch.prefix)
+    pairs = 0
+    for row, seen in zip(segment, prefix, strict=True):
+        sizes = np.bincount(row)
+        first = np.zeros(len(sizes), np.int64)
+        first[row] = seen  # every token of a run sees the same other run
+        runs = np.arange(1, len(sizes))
+        own = sizes[runs].astype(np.int64)
+        shared = np.where(first[runs] != runs, sizes[np.minimum(first[runs], len(sizes) - 1)], 0)
+        pairs += int(np.sum(own * (own + 1) // 2 + own * shared))
+    patch_segment = np.asarray(batch.patch_segment)
+    patch_pairs = sum(int(np.sum(np.bincount(row)[1:].astype(np.int64) ** 2)) for row in patch_segment)
+    return Work(int((segment > 0).sum()), pairs, int((patch_segment > 0).sum()), patch_pairs, segment.size)
+
+
+def forward_flops(config: Any, work: Work) -> Flops:
+    """Forward FLOPs of `work` by the formula above.
+
+    Args:
+      config: a `Qwen2VLConfig`, or anything with its field names.
+      work: from `count_work`.
+    """
+    hidden, inner = config.hidden_size, config.intermediate_size
+    heads, groups = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    per_token = 2 * (2 * hidden * heads + 2 * hidden * groups + 3 * hidden * inner)
+    decoder = config.num_layers * (work.tokens * per_token + work.token_pairs * 4 * heads)
+    size, wide = config.vision_size, config.vision_intermediate_size
+    per_patch = 2 * (4 * size**2 + 2 * size * wide)
+    vision = config.vision_layers * (work.patches * per_patch + work.patch_pairs * 4 * size)
+    vision += work.patches * 2 * config.patch_features * size
+    cell = config.merge_size**2
+    vision += work.patches // cell * 2 * ((cell * size) ** 2 + cell * size * hidden)
+    return Flops(float(decoder), float(vision))
+
+
+def train_flops(config: Any, work: Work, parts: str = "full") -> float:
+    """FLOPs of a training step on `work` where `parts` learn (`TrainableConfig.parts`)."""
+    forward, (decoder, vision) = forward_flops(config, work), TRAINING_FACTORS[parts]
+    return decoder * forward.decoder + vision * forward.vision
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Peak FLOP/s of a device in bfloat16; None where it is not known, as on a CPU. The longest matching name wins."""
+    kind = device.device_kind
+    matches = [name for name in PEAK_FLOPS if kind.startswith(name)]
+    return PEAK_FLOPS[max(matches, key=len)] if matches else None
+
+
+def mfu(flops: float, seconds: float, devices: int, peak: float | None) -> float | None:
+    """Share of the peak of all devices that `flops` in `seconds` amount to; None where the peak is unknown."""
+    return None if peak is None or seconds <= 0 else flops / (seconds * devices * peak)
