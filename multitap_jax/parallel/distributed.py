@@ -8,9 +8,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 
-def initialize(
-    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
-) -> None:
+def initialize(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
     """Joins the processes of a run; does nothing unless asked to.
 
     Asked to is: a coordinator is given, or MULTITAP_COORDINATOR is set ("auto" leaves all three values to JAX's own
