@@ -6,7 +6,7 @@ state and batch are placed as this file says, and the compiler (GSPMD) derives t
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -152,8 +152,8 @@ def path_name(path: Sequence[Any]) -> str:
     return ".".join(part for part in parts if part != "value")
 
 
-def _cut_heads(tree: Any, mesh: Mesh):
-    """A flattened head dimension may divide where the heads do not: then attention would be re-laid out in each layer."""
+def _cut_heads(tree: Any, mesh: Mesh) -> Iterator[str]:
+    """A flattened head dimension may divide where the heads do not; each layer would then move its heads about."""
     config, tensor = getattr(getattr(tree, "backbone", tree), "config", None), mesh.shape["tensor"]
     for name in ("num_heads", "num_kv_heads", "vision_heads"):
         count = getattr(config, name, None)

@@ -1,8 +1,9 @@
 """Numbers of a run: what a step reports, how fast it went, agreement on held-out pairs, and their file."""
 
+import contextlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,13 +95,19 @@ class Recorder:
         self._record_ids, self._flops = record_ids, flops
         self._devices, self._peak, self._clock = devices, peak, clock
         self._pending: _Pending | None = None
-        self.restart()
+        self._restart()
 
-    def restart(self) -> None:
-        """Begins a new average; call it again after work that is not training, so that rates leave it out."""
+    def _restart(self) -> None:
         self._steps: list[dict[str, float]] = []
         self._work: list[Work] = []
         self._start = self._clock()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """A context whose time the rates leave out: compilation, evaluation."""
+        begin = self._clock()
+        yield
+        self._start += self._clock() - begin
 
     def add(self, index: int, metrics: dict[str, jax.Array], record: np.ndarray, work: Work) -> None:
         """Takes step `index` (from 0) and settles the one before."""
@@ -130,8 +137,8 @@ class Recorder:
         else:
             who = f"every logit is finite, so it is a target or the gradient; the step's records: {', '.join(ids)}"
         return (
-            f"step {index + 1}: loss = {host['loss']}, gradient norm = {host['grad_norm']}; {who}. The step was not applied. "
-            "Look at these records; if they are sound, use model.dtype=float32 or a lower optimizer.learning_rate"
+            f"step {index + 1}: loss = {host['loss']}, gradient norm = {host['grad_norm']}; {who}. "
+            "The step was not applied. Look at these records; if they are sound, use model.dtype=float32 or a lower optimizer.learning_rate"
         )
 
     def line(self) -> dict[str, Any]:
@@ -153,7 +160,7 @@ class Recorder:
             "packing_efficiency": tokens / max(padded, 1),
             "mfu": None if flops is None else mfu(flops, seconds, self._devices, self._peak),
         }
-        self.restart()
+        self._restart()
         return line
 
 

@@ -1,6 +1,8 @@
 """AdamW with clipping, and learning-rate schedules; the numbers of torch.optim.AdamW and of transformers' cosine."""
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,9 +30,9 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
         after = optax.cosine_decay_schedule(config.learning_rate, max(total_steps - warmup, 1))
     else:
         raise ConfigError(f"config.optimizer.schedule = {config.schedule!r}: expected 'constant' or 'cosine'")
-    if not warmup:
-        return after
-    return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup), after], [warmup])
+    if warmup:
+        after = optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup), after], [warmup])
+    return _with_standard_promotion(after)
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
@@ -46,7 +48,19 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
         eps=config.eps,
         weight_decay=config.weight_decay,
     )
-    return optax.chain(clip, adamw)
+    chain = optax.chain(clip, adamw)
+    return optax.GradientTransformation(chain.init, _with_standard_promotion(chain.update))
+
+
+def _with_standard_promotion(function: Callable) -> Callable:
+    """Optax mixes Python numbers, integer counters and floats, which strict promotion (our tests') would refuse."""
+
+    @functools.wraps(function)
+    def relaxed(*args: Any, **kwargs: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            return function(*args, **kwargs)
+
+    return relaxed
 
 
 def state_shardings(

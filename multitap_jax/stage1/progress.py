@@ -2,11 +2,14 @@
 
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from multitap_jax.stage1.metrics import MetricsLog
 
 
 class Display:
@@ -70,3 +73,23 @@ def describe(line: Mapping[str, Any]) -> str:
         f"loss {line['loss']:.5f}  {line['seconds_per_step']:.3g} s/step  {line['pairs_per_second']:.3g} pairs/s  "
         f"{line['tokens_per_second']:,.0f} tokens/s  packing {line['packing_efficiency']:.0%}  MFU {used}"
     )
+
+
+def brief(numbers: Mapping[str, Any]) -> str:
+    """Held-out numbers in one line."""
+    names = ("loss", "tau_b", "tau_c", "pearson", "spearman", "accuracy")
+    return "  ".join(f"{name} {'n/a' if numbers[name] is None else format(numbers[name], '.4f')}" for name in names)
+
+
+def summary(log: MetricsLog, workdir: Path, step: int, total: int, seconds: float, steps: int) -> dict[str, str]:
+    """The rows of the table at the end: `steps` of the `step` finished ones were done now, in `seconds`."""
+    losses = [line["loss"] for line in log.lines if "loss" in line]
+    rows = {"steps": f"{step} of {total}, {steps} of them now in {seconds:.1f} s"}
+    if losses:
+        rows["training loss"] = f"{losses[0]:.5f} -> {losses[-1]:.5f}"
+    evaluations = sorted(log.evaluations().items())
+    if evaluations:
+        rows["held out, first"] = f"step {evaluations[0][0]}: {brief(evaluations[0][1])}"
+        rows["held out, last"] = f"step {evaluations[-1][0]}: {brief(evaluations[-1][1])}"
+    rows["run"] = str(workdir) if step >= total else f"{workdir} (stopped; the same command goes on)"
+    return rows

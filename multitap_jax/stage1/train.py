@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import signal
 import threading
@@ -24,7 +25,7 @@ from multitap_jax.parallel.mesh import make_mesh, shard_batch
 from multitap_jax.reward import RewardModel
 from multitap_jax.stage1.metrics import MetricsLog, Recorder, agreement
 from multitap_jax.stage1.optimizer import make_optimizer, make_schedule
-from multitap_jax.stage1.progress import Display
+from multitap_jax.stage1.progress import Display, brief, summary
 from multitap_jax.stage1.step import abstract_state, init_state, make_eval_step, make_train_step
 from multitap_jax.stage1.trainable import partition
 
@@ -129,7 +130,8 @@ def train(
             # The order never changes: evaluate the old state -> save -> take the next batch -> step -> log.
             # So a checkpoint at step k always means: k batches used, evaluated if due, and batch k not yet taken.
             while True:
-                done, stop, timed = step >= total, sigterm.is_set(), policy.due_by_time()
+                done = step >= total
+                stop, timed = sigterm.is_set() and not done, policy.due_by_time()
                 if step % config.log_every == 0 or done:
                     stop, timed = agree(stop, timed)
                 elif jax.process_count() > 1:  # processes ask each other only now and then
@@ -138,12 +140,10 @@ def train(
                 due = done or (config.evaluate_every > 0 and step % config.evaluate_every == 0)
                 if eval_dataset is not None and due and not stop and step not in log.evaluations():
                     recorder.settle()
-                    numbers = _evaluate(
-                        lambda batch, state=state: eval_step(state.trainable, frozen, batch), eval_dataset, mesh
-                    )
+                    with recorder.paused():
+                        numbers = _evaluate(functools.partial(eval_step, state.trainable, frozen), eval_dataset, mesh)
                     log.add(step, evaluation=numbers)
-                    display.say(f"step {step}/{total}  held out: {_brief(numbers)}")
-                    recorder.restart()
+                    display.say(f"step {step}/{total}  held out: {brief(numbers)}")
                 # 2. Save.
                 if stop or done or timed or policy.due_by_step(step):
                     recorder.settle()
@@ -154,7 +154,8 @@ def train(
                 # 3. Take the next batch.
                 batch = next(batches)
                 # 4. Step.
-                state, metrics = train_step(state, frozen, shard_batch(batch, mesh))
+                with recorder.paused() if step == start else contextlib.nullcontext():  # the first call compiles
+                    state, metrics = train_step(state, frozen, shard_batch(batch, mesh))
                 recorder.add(step, metrics, np.asarray(batch.record), count_work(batch))
                 step += 1
                 # 5. Log.
@@ -165,7 +166,7 @@ def train(
                     display.numbers(step, line)
             checkpoints.wait()
             evaluation = log.evaluations().get(step) if done else None
-            display.summary(_summary(log, workdir, step, total, clock() - began, step - start))
+            display.summary(summary(log, workdir, step, total, clock() - began, step - start))
     return TrainResult(step, done, split.model(state.trainable), evaluation)
 
 
@@ -210,21 +211,3 @@ def _sigterm() -> Iterator[threading.Event]:
         yield received
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _brief(numbers: dict[str, Any]) -> str:
-    names = ("loss", "tau_b", "tau_c", "pearson", "spearman", "accuracy")
-    return "  ".join(f"{name} {'n/a' if numbers[name] is None else format(numbers[name], '.4f')}" for name in names)
-
-
-def _summary(log: MetricsLog, workdir: Path, step: int, total: int, seconds: float, steps: int) -> dict[str, str]:
-    losses = [line["loss"] for line in log.lines if "loss" in line]
-    rows = {"steps": f"{step} of {total}, {steps} of them now in {seconds:.1f} s"}
-    if losses:
-        rows["training loss"] = f"{losses[0]:.5f} -> {losses[-1]:.5f}"
-    evaluations = sorted(log.evaluations().items())
-    if evaluations:
-        rows["held out, first"] = f"step {evaluations[0][0]}: {_brief(evaluations[0][1])}"
-        rows["held out, last"] = f"step {evaluations[-1][0]}: {_brief(evaluations[-1][1])}"
-    rows["run"] = str(workdir) if step >= total else f"{workdir} (stopped; the same command goes on)"
-    return rows

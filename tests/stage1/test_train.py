@@ -1,0 +1,220 @@
+"""The loop: resumes bit for bit after any death, stops on SIGTERM and NaN, refuses another run's checkpoints."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from multitap_jax.backbones import Execution
+from multitap_jax.checkpoint import CheckpointError
+from multitap_jax.config import (
+    CheckpointConfig,
+    ConfigError,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainableConfig,
+    TrainConfig,
+)
+from multitap_jax.stage1.metrics import MetricsLog, NonFiniteError
+from multitap_jax.stage1.train import train
+from multitap_jax.stage1.trainable import add_lora, merge_lora
+from tests.stage1.toy import ToyDataset, toy_batch, toy_model
+
+ROOT = Path(__file__).parents[2]
+CONFIG = TrainConfig(
+    model=ModelConfig(dtype="float32"),
+    optimizer=OptimizerConfig(learning_rate=1e-2, schedule="cosine"),
+    mesh=MeshConfig(data=1, fsdp=8),
+    checkpoint=CheckpointConfig(every_steps=2, keep=2),
+    evaluate_every=3,
+    log_every=1,
+)
+
+
+class Terminating(ToyDataset):
+    """Sends its process a SIGTERM while batch 3 is taken."""
+
+    def batch(self, step):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().batch(step)
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(workdir):
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines(workdir) if "loss" in line]
+
+
+def assert_same_model(one, two):
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run: (workdir, result)."""
+    workdir = tmp_path_factory.mktemp("whole")
+    return workdir, train(CONFIG, workdir, toy_model(), ToyDataset(), ToyDataset(num_steps=2, offset=100))
+
+
+def test_a_run_leaves_what_it_promises(whole):
+    workdir, result = whole
+    assert (result.step, result.finished) == (6, True)
+    assert json.loads((workdir / "config.json").read_text())["optimizer"]["schedule"] == "cosine"
+    assert [line["step"] for line in lines(workdir) if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    evaluations = {line["step"]: line["evaluation"] for line in lines(workdir) if "evaluation" in line}
+    assert list(evaluations) == [0, 3, 6]
+    assert result.evaluation == evaluations[6]
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["4", "6"]
+    first = next(line for line in lines(workdir) if "loss" in line)
+    assert first["mfu"] is None
+    assert first["packing_efficiency"] == 1.0
+    assert first["pairs_per_second"] > 0
+
+
+def test_the_held_out_numbers_are_those_of_the_model(whole):
+    _, result = whole
+    errors = []
+    for step in range(2):
+        batch = toy_batch(100 + step)
+        scores = jax.nn.sigmoid(result.model(jax.tree.map(jax.numpy.asarray, batch), Execution()))
+        here = batch.weight > 0
+        errors += list((np.asarray(scores)[here] - batch.target[here]) ** 2)
+    np.testing.assert_allclose(result.evaluation["loss"], np.mean(errors), rtol=1e-5)
+    assert result.evaluation["pairs"] == len(errors)
+
+
+def test_sigterm_saves_and_the_rest_is_bit_for_bit(whole, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    held_out = ToyDataset(num_steps=2, offset=100)
+    stopped = train(CONFIG, tmp_path, toy_model(), Terminating(), held_out)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert (stopped.step, stopped.finished, stopped.evaluation) == (4, False, None)
+    result = train(CONFIG, tmp_path, toy_model(), ToyDataset(), held_out)
+    assert result.finished
+    assert_same_model(result.model, whole[1].model)
+    assert curve(tmp_path) == curve(whole[0])
+    assert result.evaluation == whole[1].evaluation
+
+
+def test_a_finished_run_does_nothing_more(whole, capsys):
+    workdir, result = whole
+    before = (workdir / "metrics.jsonl").read_text()
+    again = train(CONFIG, workdir, toy_model(7), ToyDataset(), ToyDataset(num_steps=2, offset=100))
+    assert_same_model(again.model, result.model)
+    assert again.evaluation == result.evaluation
+    assert (workdir / "metrics.jsonl").read_text() == before
+    assert "going on after step 6 of 6" in capsys.readouterr().err
+
+
+def script(workdir, kill, devices):
+    workdir.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "tests.stage1.loop_script", str(workdir), str(kill), str(devices)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_sigkill_and_restart_is_bit_for_bit(tmp_path):
+    whole = script(tmp_path / "whole", -1, 2)
+    assert whole.returncode == 0, whole.stderr
+    assert script(tmp_path / "killed", 5, 2).returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "final.npz").exists()
+    again = script(tmp_path / "killed", -1, 2)
+    assert "going on after step" in again.stderr, again.stderr
+    assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
+    with np.load(tmp_path / "whole" / "final.npz") as one, np.load(tmp_path / "killed" / "final.npz") as two:
+        for name in one:
+            np.testing.assert_array_equal(one[name], two[name])
+
+
+def test_another_mesh_goes_on_within_rounding(whole, tmp_path):
+    train(CONFIG, tmp_path, toy_model(), Terminating())
+    config = dataclasses.replace(CONFIG, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    result = train(config, tmp_path, toy_model(), ToyDataset())
+    np.testing.assert_allclose([x[1] for x in curve(tmp_path)], [x[1] for x in curve(whole[0])], rtol=1e-6)
+    assert result.finished
+
+
+def test_nan_stops_the_run_and_names_the_records(tmp_path):
+    with pytest.raises(NonFiniteError, match=r"step 4: loss = nan.*step3-pair0, step3-pair1.*not applied"):
+        train(CONFIG, tmp_path, toy_model(), ToyDataset(poison=3))
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
+
+
+def test_a_damaged_checkpoint_is_skipped_and_set_aside(whole, tmp_path, capsys):
+    train(CONFIG, tmp_path, toy_model(), Terminating())
+    for path in (tmp_path / "checkpoints" / "4").rglob("*"):
+        if path.is_file() and path.parent.name == "d":
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    result = train(CONFIG, tmp_path, toy_model(), ToyDataset())
+    shown = capsys.readouterr().err
+    assert "checkpoints/4 is damaged and was skipped" in shown
+    assert "going on after step 2 of 6" in shown
+    assert (tmp_path / "corrupt" / "4").is_dir()
+    assert_same_model(result.model, whole[1].model)
+
+
+@pytest.mark.parametrize(
+    ("change", "dataset", "message"),
+    [
+        (
+            {"optimizer": OptimizerConfig(learning_rate=3e-3)},
+            ToyDataset(),
+            r"config\.optimizer\.learning_rate: .*0\.003",
+        ),
+        ({}, ToyDataset(fingerprint="other"), r"data: the checkpoint has 'toy', this run has 'other'"),
+        ({"seed": 1}, ToyDataset(), r"config\.seed: .*42.*1.*another --workdir"),
+    ],
+)
+def test_the_checkpoint_of_another_run_is_refused(whole, change, dataset, message):
+    config = dataclasses.replace(CONFIG, **change)
+    with pytest.raises(CheckpointError, match="(?s)" + message):
+        train(config, whole[0], toy_model(), dataset)
+
+
+def test_lora_learns_with_the_backbone_frozen_and_refuses_another_backbone(tmp_path):
+    config = dataclasses.replace(CONFIG, trainable=TrainableConfig(parts="lora", lora_targets=("up_proj",)))
+
+    def adapted(seed):
+        model = toy_model(seed)
+        add_lora(model, config.trainable, nnx.Rngs(0))
+        return model
+
+    result = train(config, tmp_path, adapted(0), ToyDataset())
+    base = toy_model()
+    np.testing.assert_array_equal(
+        result.model.backbone.text.embed.embedding[...], base.backbone.text.embed.embedding[...]
+    )
+    assert np.abs(np.asarray(result.model.backbone.text.layers.up_proj.lora_b[...])).max() > 0
+    assert len(jax.tree.leaves(merge_lora(result.model))) == len(jax.tree.leaves(base))
+    with pytest.raises(CheckpointError, match="frozen weights"):
+        train(config, tmp_path, adapted(1), ToyDataset())
+
+
+def test_settings_that_cannot_be_used_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="context > 1"):
+        train(dataclasses.replace(CONFIG, mesh=MeshConfig(context=2)), tmp_path, toy_model(), ToyDataset())
+    with pytest.raises(ConfigError, match="without adapters|has no adapters"):
+        train(dataclasses.replace(CONFIG, trainable=TrainableConfig(parts="lora")), tmp_path, toy_model(), ToyDataset())
+
+
+def test_the_log_drops_what_lies_beyond_the_step_and_a_torn_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path, 0)
+    for step in range(1, 5):
+        log.add(step, loss=0.5 / step, mfu=float("nan"))
+    path.write_text(path.read_text() + '{"step": 5, "lo')
+    assert [line["step"] for line in MetricsLog(path, 3).lines] == [1, 2, 3]
+    assert lines(tmp_path)[-1] == {"step": 3, "loss": 0.5 / 3, "mfu": None}
