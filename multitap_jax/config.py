@@ -35,7 +35,7 @@ class ModelConfig:
     checkpoint: str = ""
     dtype: str = "bfloat16"
     remat: str = "none"
-    attention: str = "dense"
+    attention: str = "auto"
     position_mode: str = "auto"
 
 

@@ -197,6 +197,7 @@ def pack(
             batch.tokens[b, here], batch.positions[b, here] = group.prefix, positions
             batch.segment[b, here] = batch.prefix[b, here] = run
             first = (b * vision_length + patch) // 4
+            patch += sum(len(image.patches) for image in group.images)
             is_image = np.array(group.prefix) == IMAGE
             batch.image_cell[b, here][is_image] = first + np.arange(is_image.sum())
             at += len(group.prefix)
@@ -209,6 +210,7 @@ def pack(
                 at += len(text)
                 batch.pool[b, pool], batch.record[b, pool], batch.weight[b, pool] = at - 1, record, 1
                 pool, record = pool + 1, record + 1
+        patch = 0
         for number, image in enumerate(images[b], start=1):
             here = slice(patch, patch + len(image.patches))
             batch.patches[b, here], batch.patch_segment[b, here] = image.patches, number

@@ -10,18 +10,21 @@ from flax import nnx
 from multitap_jax.backbones.qwen2_vl import Qwen2VL, Qwen2VLConfig
 from multitap_jax.backbones.stack import Execution
 
-__all__ = ["Execution", "Qwen2VL", "Qwen2VLConfig", "UnsupportedModelError", "from_config", "num_params"]
+# What the registry builds; a union once there is a second family.
+Backbone = Qwen2VL
+
+__all__ = ["Backbone", "Execution", "Qwen2VL", "Qwen2VLConfig", "UnsupportedModelError", "from_config", "num_params"]
 
 
 class UnsupportedModelError(ValueError):
     """The architecture of a checkpoint is not one that is implemented."""
 
 
-def _qwen2_vl(hf_config: Mapping, preprocessor: Mapping | None, rngs: nnx.Rngs, param_dtype: jnp.dtype) -> nnx.Module:
+def _qwen2_vl(hf_config: Mapping, preprocessor: Mapping | None, rngs: nnx.Rngs, param_dtype: jnp.dtype) -> Backbone:
     return Qwen2VL(Qwen2VLConfig.from_hf(hf_config, preprocessor), rngs=rngs, param_dtype=param_dtype)
 
 
-_FAMILIES: dict[str, Callable[..., nnx.Module]] = {"qwen2_vl": _qwen2_vl}
+_FAMILIES: dict[str, Callable[..., Backbone]] = {"qwen2_vl": _qwen2_vl}
 
 
 def from_config(
@@ -30,14 +33,14 @@ def from_config(
     rngs: nnx.Rngs,
     param_dtype: Any = jnp.float32,
     preprocessor: Mapping[str, Any] | None = None,
-) -> nnx.Module:
+) -> Backbone:
     """Builds the backbone that a `config.json` describes, with random weights.
 
     Args:
       hf_config: the contents of `config.json`.
       rngs: source of the initial weights; under `nnx.eval_shape` nothing is allocated.
       param_dtype: type of the parameters.
-      preprocessor: the contents of `preprocessor_config.json` (mean and deviation of pixels); None for the family's own.
+      preprocessor: the contents of `preprocessor_config.json` (mean and deviation of pixels); None for the usual ones.
 
     Raises:
       UnsupportedModelError: `model_type` is absent or not implemented.

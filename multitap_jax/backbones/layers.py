@@ -1,7 +1,7 @@
 """The parts that decoder and vision layers are made of; each computes in the type of its input.
 
-Every parameter is an `nnx.Param` with one logical axis name a dimension (`axes`). A module built with `stack=L` holds the
-parameters of L equal layers along a leading "layers" axis; `jax.lax.scan` over it hands out one layer at a time.
+Every parameter is an `nnx.Param` with one logical axis name a dimension (`axes`). A module built with `stack=L` holds
+the parameters of L equal layers along a leading "layers" axis; `jax.lax.scan` over it hands out one layer at a time.
 """
 
 import jax

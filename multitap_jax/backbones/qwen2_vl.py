@@ -4,6 +4,8 @@ Same function as transformers' Qwen2VLModel followed by taking one position a te
 image features follow the packed layout of `batch.py`. Extra letters: E vision size, C = P / m^2 cells a vision row.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +24,7 @@ from multitap_jax.backbones.layers import (
     rotate,
 )
 from multitap_jax.backbones.qwen2_vl_config import Qwen2VLConfig
-from multitap_jax.backbones.stack import Execution, run_layers
+from multitap_jax.backbones.stack import Execution, collect_layers, run_layers
 from multitap_jax.batch import PackedBatch
 
 __all__ = ["Qwen2VL", "Qwen2VLConfig"]
@@ -40,7 +42,7 @@ class TextAttention(nnx.Module):
     def __init__(self, config: Qwen2VLConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype, stack: int):
         hidden, dim = config.hidden_size, config.head_dim
         heads, groups = config.num_heads * dim, config.num_kv_heads * dim
-        options = {"rngs": rngs, "param_dtype": param_dtype, "stack": stack}
+        options: dict[str, Any] = {"rngs": rngs, "param_dtype": param_dtype, "stack": stack}
         self.q_proj = Linear(("embed", "heads"), (hidden, heads), bias=True, **options)
         self.k_proj = Linear(("embed", "kv_heads"), (hidden, groups), bias=True, **options)
         self.v_proj = Linear(("embed", "kv_heads"), (hidden, groups), bias=True, **options)
@@ -61,7 +63,7 @@ class TextMLP(nnx.Module):
 
     def __init__(self, config: Qwen2VLConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype, stack: int):
         hidden, inner = config.hidden_size, config.intermediate_size
-        options = {"bias": False, "rngs": rngs, "param_dtype": param_dtype, "stack": stack}
+        options: dict[str, Any] = {"bias": False, "rngs": rngs, "param_dtype": param_dtype, "stack": stack}
         self.gate_proj = Linear(("embed", "mlp"), (hidden, inner), **options)
         self.up_proj = Linear(("embed", "mlp"), (hidden, inner), **options)
         self.down_proj = Linear(("mlp", "embed"), (inner, hidden), **options)
@@ -111,7 +113,7 @@ class VisionAttention(nnx.Module):
 
     def __init__(self, config: Qwen2VLConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype, stack: int):
         size = config.vision_size
-        options = {"bias": True, "rngs": rngs, "param_dtype": param_dtype, "stack": stack}
+        options: dict[str, Any] = {"bias": True, "rngs": rngs, "param_dtype": param_dtype, "stack": stack}
         self.qkv = Linear(("vision", "heads"), (size, 3 * size), **options)
         self.proj = Linear(("heads", "vision"), (size, size), **options)
         self.heads = config.vision_heads
@@ -129,7 +131,7 @@ class VisionMLP(nnx.Module):
 
     def __init__(self, config: Qwen2VLConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype, stack: int):
         size, inner = config.vision_size, config.vision_intermediate_size
-        options = {"bias": True, "rngs": rngs, "param_dtype": param_dtype, "stack": stack}
+        options: dict[str, Any] = {"bias": True, "rngs": rngs, "param_dtype": param_dtype, "stack": stack}
         self.fc1 = Linear(("vision", "mlp"), (size, inner), **options)
         self.fc2 = Linear(("mlp", "vision"), (inner, size), **options)
 
@@ -169,7 +171,9 @@ class PatchEmbedding(nnx.Module):
         A still image is shown as equal frames, so the frames' kernels are added instead of the pixels repeated.
         """
         area = self.config.patch_size**2
-        mean, std = (np.repeat(np.float32(value), area) for value in (self.config.image_mean, self.config.image_std))
+        mean, std = (
+            np.repeat(np.asarray(value, np.float32), area) for value in (self.config.image_mean, self.config.image_std)
+        )
         pixels = (patches.astype(jnp.float32) / 255.0 - mean[None, None, :]) / std[None, None, :]
         kernel = self.kernel[...].astype(jnp.float32).sum(axis=0).reshape(self.config.patch_features, -1).astype(dtype)
         return jnp.einsum("rpf,fe->rpe", pixels.astype(dtype), kernel, precision=matmul_precision(dtype))
@@ -204,13 +208,12 @@ class VisionModel(nnx.Module):
     def __call__(self, batch: PackedBatch, execution: Execution) -> jax.Array:
         """[R, C, H] features of the cells."""
         x, shared = self._prepare(batch, execution)
-        return self.merger(run_layers(self.layers, x, *shared, execution=execution)[0])
+        return self.merger(run_layers(self.layers, x, *shared, execution=execution))
 
     def hidden_states(self, batch: PackedBatch, execution: Execution) -> jax.Array:
         """[L + 1, R, P, E]: the embedded patches and the output of each block."""
         x, shared = self._prepare(batch, execution)
-        _, outputs = run_layers(self.layers, x, *shared, execution=execution, collect=True)
-        return jnp.concatenate([x[None], outputs])
+        return collect_layers(self.layers, x, *shared, execution=execution)
 
     def angles(self, position: jax.Array) -> Angles:
         """int32[R, P, 2] (row, column) -> cosine and sine, float32[R, P, 1, D / 2]; rows turn the first half."""
@@ -237,7 +240,7 @@ class Qwen2VL(nnx.Module):
     def __call__(self, batch: PackedBatch, execution: Execution) -> jax.Array:
         """Final-norm hidden states at `batch.pool`, float32[B, K, H]."""
         x, shared = self._prepare(batch, execution)
-        x, _ = run_layers(self.text.layers, x, *shared, execution=execution)
+        x = run_layers(self.text.layers, x, *shared, execution=execution)
         # The norm is per token, so it is applied to the few that are kept.
         pooled = jnp.take_along_axis(x, jnp.asarray(batch.pool)[:, :, None], axis=1)
         return self.text.norm(pooled.astype(jnp.float32))
@@ -245,8 +248,7 @@ class Qwen2VL(nnx.Module):
     def hidden_states(self, batch: PackedBatch, execution: Execution) -> jax.Array:
         """[L + 1, B, S, H]: the embeddings and the output of each decoder layer, before the final norm."""
         x, shared = self._prepare(batch, execution)
-        _, outputs = run_layers(self.text.layers, x, *shared, execution=execution, collect=True)
-        return jnp.concatenate([x[None], outputs])
+        return collect_layers(self.text.layers, x, *shared, execution=execution)
 
     def embed(self, batch: PackedBatch, execution: Execution) -> jax.Array:
         """[B, S, H]: token embeddings, replaced by image features at image tokens."""

@@ -22,7 +22,7 @@ class Execution:
     Attributes:
       dtype: computation type, "float32" or "bfloat16"; norms, softmax and rotary angles stay float32.
       remat: what the backward pass recomputes: "none", "dots" (all but weight products), "full" (all of a layer).
-      attention: attention backend, a name of `attention.BACKENDS`.
+      attention: attention backend, a name of `attention.BACKENDS`, or "auto", the fastest for platform and length.
       layers: "scan" compiles one layer; "loop" unrolls them (for debugging; same values).
 
     Raises:
@@ -31,7 +31,7 @@ class Execution:
 
     dtype: str = "float32"
     remat: str = "none"
-    attention: str = "dense"
+    attention: str = "auto"
     layers: str = "scan"
 
     def __post_init__(self) -> None:
@@ -47,9 +47,7 @@ class Execution:
         return jnp.dtype(self.dtype)
 
 
-def run_layers(
-    layers: Any, x: jax.Array, *shared: Any, execution: Execution, collect: bool = False
-) -> tuple[jax.Array, jax.Array | None]:
+def run_layers(layers: Any, x: jax.Array, *shared: Any, execution: Execution) -> jax.Array:
     """x <- layer(x, *shared) for each layer of a stacked module.
 
     Args:
@@ -57,23 +55,37 @@ def run_layers(
       x: [B, S, H], the input of the first layer.
       *shared: what every layer gets besides: rotary angles, visibility.
       execution: scan or loop, and what to rematerialise.
-      collect: whether to return the output of every layer too.
 
     Returns:
-      The output of the last layer, [B, S, H], and [L, B, S, H] of all outputs (None unless `collect`).
+      [B, S, H], the output of the last layer.
     """
-
-    def body(x: jax.Array, layer: Any) -> tuple[jax.Array, jax.Array | None]:
-        x = layer(x, *shared)
-        return x, (x if collect else None)
-
+    step = lambda x, layer: (layer(x, *shared), None)
     if execution.remat != "none":
         # A scan keeps XLA from merging the recomputation with the forward pass; an unrolled loop needs the barrier.
-        body = jax.checkpoint(body, policy=_POLICIES[execution.remat], prevent_cse=execution.layers == "loop")
+        step = jax.checkpoint(step, policy=_POLICIES[execution.remat], prevent_cse=execution.layers == "loop")
     if execution.layers == "scan":
-        return jax.lax.scan(body, x, layers)
-    outputs = []
-    for index in range(jax.tree.leaves(layers)[0].shape[0]):
-        x, out = body(x, jax.tree.map(lambda leaf, index=index: leaf[index], layers))
-        outputs.append(out)
-    return x, jnp.stack(outputs) if collect else None
+        return jax.lax.scan(step, x, layers)[0]
+    for layer in _unstack(layers):
+        x, _ = step(x, layer)
+    return x
+
+
+def collect_layers(layers: Any, x: jax.Array, *shared: Any, execution: Execution) -> jax.Array:
+    """As `run_layers`, but returns [L + 1, B, S, H]: the input and the output of every layer. Nothing is recomputed."""
+
+    def step(x: jax.Array, layer: Any) -> tuple[jax.Array, jax.Array]:
+        x = layer(x, *shared)
+        return x, x
+
+    if execution.layers == "scan":
+        return jnp.concatenate([x[None], jax.lax.scan(step, x, layers)[1]])
+    outputs = [x]
+    for layer in _unstack(layers):
+        outputs.append(layer(outputs[-1], *shared))
+    return jnp.stack(outputs)
+
+
+def _unstack(layers: Any) -> list[Any]:
+    """The L modules of a stacked one."""
+    count = jax.tree.leaves(layers)[0].shape[0]
+    return [jax.tree.map(lambda leaf, index=index: leaf[index], layers) for index in range(count)]

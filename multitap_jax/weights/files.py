@@ -81,7 +81,7 @@ def read_tensors(folder: str | Path) -> dict[str, np.ndarray]:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Names of the files that make up the weights: `model.safetensors`, else the shards of the index, else all shards."""
+    """Names of the files that make up the weights: `model.safetensors`, else what the index names, else all shards."""
     if (folder / SINGLE).is_file():
         return [SINGLE]
     if _indexed(folder):

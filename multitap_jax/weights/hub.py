@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from multitap_jax.backbones import UnsupportedModelError, from_config
+from multitap_jax.backbones import Backbone, UnsupportedModelError, from_config
 from multitap_jax.config import ConfigError
 from multitap_jax.weights import qwen2_vl
 from multitap_jax.weights.files import FolderError, read_json, read_tensors, write_folder
@@ -20,7 +20,7 @@ from multitap_jax.weights.mapping import Slot, Table, WeightError, match, named_
 _TABLES: dict[str, Table] = {"qwen2_vl": qwen2_vl.TABLE}
 
 
-def abstract_backbone(folder: str | Path, *, param_dtype: Any = jnp.float32) -> nnx.Module:
+def abstract_backbone(folder: str | Path, *, param_dtype: Any = jnp.float32) -> Backbone:
     """The backbone that a folder's `config.json` describes, with shapes in place of arrays.
 
     Pixel statistics come from `preprocessor_config.json` or `processor_config.json` where there is one.
@@ -43,7 +43,7 @@ def abstract_backbone(folder: str | Path, *, param_dtype: Any = jnp.float32) -> 
 
 def load_backbone(
     folder: str | Path, *, param_dtype: Any = jnp.float32, shardings: Any = None, prefix: str = ""
-) -> nnx.Module:
+) -> Backbone:
     """Builds the backbone of a checkpoint folder; every parameter comes from the files, none from a random source.
 
     Args:
@@ -60,7 +60,7 @@ def load_backbone(
       WeightError: lists every unknown, doubled, missing or mis-shaped tensor; or a tied output head that differs from
         the token table.
     """
-    model = abstract_backbone(folder, param_dtype=param_dtype)
+    model: Any = abstract_backbone(folder, param_dtype=param_dtype)
     table, params = _TABLES[model.config.model_type], named_params(model)
     tensors = read_tensors(folder)
     slots = plan(table, params)
@@ -80,7 +80,7 @@ def load_backbone(
     return jax.tree.unflatten(jax.tree.structure(model), arrays)
 
 
-def export_tensors(model: nnx.Module, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+def export_tensors(model: Any, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
     """Hub name (after `prefix`) and host array of every tensor of the model, in a fixed order.
 
     Raises:
@@ -94,7 +94,7 @@ def export_tensors(model: nnx.Module, prefix: str = "") -> Iterator[tuple[str, n
 
 
 def save_backbone(
-    model: nnx.Module,
+    model: Any,
     folder: str | Path,
     *,
     dtype: Any = None,
@@ -161,7 +161,7 @@ def _fill(leaf: Any, slots: list[Slot], sources: list[np.ndarray], sharding: Sha
     stack = _zeros(shape=leaf.shape, dtype=leaf.dtype, sharding=sharding)
     for slot, source in zip(slots, sources, strict=True):
         raw = _place(source, slot, sharding)
-        stack = _set_layer(stack, raw, np.int32(slot.layer), axes=slot.axes, sharding=sharding)
+        stack = _set_layer(stack, raw, np.asarray(slot.layer, np.int32), axes=slot.axes, sharding=sharding)
         stack.block_until_ready()
     return stack
 
@@ -188,7 +188,7 @@ def _permute(raw: jax.Array, axes: tuple[int, ...], dtype: Any, sharding: Shardi
 
 @functools.partial(jax.jit, static_argnames=("axes", "sharding"), donate_argnames=("stack",))
 def _set_layer(
-    stack: jax.Array, raw: jax.Array, layer: np.int32, axes: tuple[int, ...], sharding: Sharding | None
+    stack: jax.Array, raw: jax.Array, layer: np.ndarray, axes: tuple[int, ...], sharding: Sharding | None
 ) -> jax.Array:
     value = raw.transpose(axes).astype(stack.dtype)
     return _constrain(jax.lax.dynamic_update_index_in_dim(stack, value, layer, 0), sharding)

@@ -1,8 +1,8 @@
 """One invertible table engine between the tensors of a checkpoint and the parameters of a model.
 
-A family's table is a list of rules, each `checkpoint key <-> parameter path`. A key with `{layer}` names L tensors that are
-the slices of one stacked parameter. A transform is a permutation of dimensions, so every rule can be run backwards and
-an import followed by an export gives the same bytes.
+A family's table is a list of rules, each `checkpoint key <-> parameter path`. A key with `{layer}` names L tensors that
+are the slices of one stacked parameter. A transform is a permutation of dimensions, so every rule can be run backwards
+and an import followed by an export gives the same bytes.
 """
 
 import dataclasses

@@ -1,0 +1,97 @@
+"""multitap: score how well texts fit images, as people would, on many objectives at once.
+
+usage: multitap VERB [--flag=value ...]        multitap VERB --help explains a verb
+
+  demo       the whole chain on pictures drawn here: no data, no download, a few minutes on a laptop
+  train      stage 1: fine-tune a backbone and its reward head on human scores
+  embed      stage 2: write the frozen model's embeddings of many pairs to disk
+  fit        stage 2: fit one ridge head per objective, in closed form, and save them in the checkpoint
+  score      score millions of pairs, each exactly once, resumable
+  evaluate   compare scores with human judgements: Kendall, Pearson, Spearman with intervals
+  export     write a checkpoint in another layout (artefact, heads alone, official)
+
+The usual way:  train --config=configs/lora.py --workdir=run
+                fit   --checkpoint=run/artefact --input=ratings.jsonl
+                score --checkpoint=run/artefact --input=pairs.jsonl --output=scores.jsonl
+                evaluate --scores=scores.jsonl --input=ratings.jsonl
+
+Exit codes: 0 done; 1 stopped with an explanation; 2 wrong usage; 143 stopped by SIGTERM after saving (run it again).
+MULTITAP_TRACEBACK=1 shows where in the code an explained error arose.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from absl import flags
+
+VERBS = ("demo", "train", "embed", "fit", "score", "evaluate", "export")
+
+
+def parse(verb: str, argv: Sequence[str]) -> flags.FlagValues:
+    """Parses the flags of one verb.
+
+    Raises:
+      SystemExit: after printing help (0) or an explanation of what is wrong (2).
+    """
+    module = importlib.import_module(f"multitap_jax.verbs.{verb}")
+    values = flags.FlagValues()
+    module.define_flags(values)
+    if any(arg in ("--help", "-h", "--helpfull", "-help") for arg in argv):
+        print(f"multitap {verb}: {(module.__doc__ or '').strip()}\n\nFlags:")
+        print(_flag_help(values))
+        raise SystemExit(0)
+    try:
+        rest = values([f"multitap {verb}", *argv])
+        if rest[1:]:
+            raise flags.Error(f"unexpected argument {rest[1]!r}; values are given as --flag=value")
+    except (flags.Error, FileNotFoundError, AttributeError, KeyError, TypeError) as error:
+        print(f"multitap {verb}: {error}\nmultitap {verb} --help lists the flags", file=sys.stderr)
+        raise SystemExit(2) from error
+    return values
+
+
+def _flag_help(values: flags.FlagValues) -> str:
+    return "\n".join(
+        f"  --{name}: {flag.help}" + ("" if flag.default in (None, "", False) else f" (default: {flag.default})")
+        for name, flag in sorted((name, values[name]) for name in values)
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a verb; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("--help", "-h", "help"):
+        print((__doc__ or "").strip())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from multitap_jax import __version__
+
+        print(__version__)
+        return 0
+    if argv[0] not in VERBS:
+        import difflib
+
+        near = difflib.get_close_matches(argv[0], VERBS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        print(f"multitap: there is no verb {argv[0]!r}{hint} The verbs: {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    values = parse(argv[0], argv[1:])
+    # Absent settings must not reach out to a model hub; a user who wants that says so by name.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    module = importlib.import_module(f"multitap_jax.verbs.{argv[0]}")
+    try:
+        return int(module.run(values) or 0)
+    except KeyboardInterrupt:
+        print(f"\nmultitap {argv[0]}: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        if os.environ.get("MULTITAP_TRACEBACK"):
+            raise
+        print(f"multitap {argv[0]}: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

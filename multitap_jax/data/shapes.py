@@ -1,0 +1,115 @@
+"""Shapes: a small, bounded set of batch shapes, since every new one compiles a program.
+
+Lengths come from ladders. Row lengths and vision lengths are picked by cost, counted in padded tokens weighted by the
+share of attention, whose cost grows with the row: tokens * (1 + length / (6 * hidden)) (a decoder layer costs about
+24 H^2 per token outside attention and 4 S H inside it, counting a multiply-add as two).
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
+
+from multitap_jax.data.packing import Shape
+from multitap_jax.data.placement import Group, need, place
+
+ROW_LENGTHS = tuple(2**i for i in range(6, 18))
+WASTE = 1.25
+LIMIT = 12  # shapes of one row length after which waste no longer counts
+SAMPLE = 128  # groups that suffice to choose a row length
+
+
+def round_up(value: int) -> int:
+    """The next number of the ladder 0 1 2 3 4 5 6 7 8 10 12 14 16 20 24 28 32 ...: at most a quarter more."""
+    if value <= 8:
+        return value
+    step = 1 << (value.bit_length() - 3)
+    return -(-value // step) * step
+
+
+def texts_per_row(row_length: int) -> int:
+    """K, the texts that a row may hold: a sixteenth of its tokens, so that K is no dimension of its own."""
+    return max(row_length // 16, 4)
+
+
+def vision_length(patches: Mapping[Hashable, int], multiple: int = 4) -> int:
+    """P, the patches of a vision row: the largest image, rounded up the ladder in steps of `multiple`."""
+    return round_up(-(-max(patches.values(), default=0) // multiple)) * multiple
+
+
+def row_cost(row_length: int, hidden: int) -> float:
+    """Relative cost of one row; see the module docstring."""
+    return row_length * (1.0 + row_length / (6.0 * hidden))
+
+
+def choose_row_length(groups: Sequence[Group], hidden: int, limit: int) -> int:
+    """The cheapest row length of the ladder for these groups, at most `limit` (unless a single pair needs more)."""
+    longest = max(g.prefix + size for g in groups for _, size in g.texts)
+    fitting = [n for n in ROW_LENGTHS if n >= longest]
+    if not fitting:
+        raise ValueError(f"a pair of {longest} tokens is longer than the longest row, {ROW_LENGTHS[-1]} tokens")
+    candidates = [n for n in fitting if n <= limit] or fitting[:1]
+    sample = [g._replace(images=()) for g in groups[:: -(-len(groups) // SAMPLE)]]
+
+    def cost(length: int) -> float:
+        cells = place(
+            sample,
+            {},
+            row_length=length,
+            max_texts=texts_per_row(length),
+            vision_length=0,
+        )
+        return need(cells).rows * row_cost(length, hidden)
+
+    return min(candidates, key=lambda n: (cost(n), n))
+
+
+class ShapeBook:
+    """Remembers the shapes in use and hands out the cheapest that fits, adding one only where it saves a quarter.
+
+    Their number is bounded: from `LIMIT` shapes of a row length on, one is added only where none fits, and then with
+    its rows and vision rows rounded up to powers of two.
+
+    Args:
+      hidden: hidden size of the decoder, for the cost of a row.
+      cells: rows and vision rows are multiples of this.
+    """
+
+    def __init__(self, hidden: int, cells: int = 1):
+        self._hidden = hidden
+        self._cells = cells
+        self.shapes: list[Shape] = []
+
+    def _cost(self, shape: Shape) -> float:
+        # A patch costs about as much as a quarter of a token in towers of the published proportions.
+        return shape.rows * row_cost(shape.tokens, self._hidden) + shape.vision_rows * shape.patches / 4
+
+    def fit(self, rows: int, tokens: int, vision_rows: int, patches: int) -> Shape:
+        """The shape for a batch whose fullest cell needs `rows` rows of `tokens` and `vision_rows` of `patches`."""
+        wanted = Shape(
+            round_up(rows) * self._cells,
+            tokens,
+            texts_per_row(tokens),
+            round_up(vision_rows) * self._cells,
+            patches if vision_rows else 0,
+        )
+        if wanted in self.shapes:
+            return wanted
+        fitting = [
+            s
+            for s in self.shapes
+            if s.rows >= wanted.rows
+            and s.tokens == wanted.tokens
+            and s.vision_rows >= wanted.vision_rows
+            and (s.patches == wanted.patches or not wanted.vision_rows)
+        ]
+        best = min(fitting, key=self._cost, default=None)
+        crowded = sum(s.tokens == wanted.tokens for s in self.shapes) >= LIMIT
+        if best is not None and (crowded or self._cost(best) <= WASTE * self._cost(wanted)):
+            return best
+        if crowded:
+            wanted = replace(wanted, rows=_power_of_two(wanted.rows), vision_rows=_power_of_two(wanted.vision_rows))
+        self.shapes.append(wanted)
+        return wanted
+
+
+def _power_of_two(value: int) -> int:
+    return 1 << (value - 1).bit_length() if value else 0

@@ -1,0 +1,216 @@
+"""Packing without a plan: any pairs in, packed batches of a bounded set of shapes out (scoring and embedding).
+
+Pairs arrive in windows. In a window, pairs that share an image (by content) and a request form a group, whatever their
+order; each batch records which pairs of the window it holds, so results go back to their places.
+"""
+
+from collections.abc import Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from multitap_jax.batch import PackedBatch
+from multitap_jax.data.images import ImageError, ImagePatches, ImageReader
+from multitap_jax.data.packing import Example, Vision, group_examples, pack
+from multitap_jax.data.placement import Group, need, place
+from multitap_jax.data.prompts import Encoded, Prompter, PromptError
+from multitap_jax.data.shapes import ShapeBook, choose_row_length, texts_per_row, vision_length
+
+
+class Pair(NamedTuple):
+    """What is scored: images (paths, PIL images or arrays), a text, and the request that it answers, if any."""
+
+    images: tuple[Any, ...]
+    text: str
+    request: str | None = None
+
+
+@dataclass
+class Window:
+    """A prepared window: what is known of each pair, and the batches that hold those without an error.
+
+    Attributes:
+      errors: why a pair cannot be scored, or None; parallel to the pairs, as are the next two.
+      n_tokens: tokens of the pair scored alone: prefix, image tokens and text.
+      truncated: whether the tail of its text was cut.
+      batches: packed batches; `PackedBatch.record` indexes the pairs of the window.
+    """
+
+    errors: list[str | None]
+    n_tokens: list[int]
+    truncated: list[bool]
+    batches: Iterator[PackedBatch] = field(default_factory=lambda: iter(()))
+
+
+class StreamPacker:
+    """Packs windows of pairs.
+
+    Args:
+      prompter: turns texts into tokens.
+      reader: decodes images.
+      vision: vision facts of the backbone.
+      hidden: hidden size of the decoder, for the choice of row lengths.
+      batch_tokens: about how many tokens a batch holds; bounds device memory.
+      max_length: longest pair in tokens, image tokens included.
+      truncate: cut longer texts instead of refusing them.
+      cells: data shards of the mesh.
+      workers: threads that decode images.
+
+    Attributes:
+      book: the shapes handed out so far.
+    """
+
+    def __init__(
+        self,
+        prompter: Prompter,
+        reader: ImageReader,
+        vision: Vision,
+        *,
+        hidden: int,
+        batch_tokens: int = 16384,
+        max_length: int = 2048,
+        truncate: bool = False,
+        cells: int = 1,
+        workers: int = 4,
+    ):
+        self._prompter, self._reader, self._vision = prompter, reader, vision
+        self._hidden, self._cells = hidden, cells
+        self.batch_tokens, self.max_length, self.truncate = batch_tokens, max_length, truncate
+        self.book = ShapeBook(hidden, cells)
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+
+    def window(self, pairs: Sequence[Pair]) -> Window:
+        """Prepares a window; its batches are packed as they are asked for."""
+        images, failures = self._decode(pairs)
+        out = Window([None] * len(pairs), [0] * len(pairs), [False] * len(pairs))
+        encoded = self._prompter.encode(
+            [p.text for p in pairs], [p.request for p in pairs], [len(p.images) for p in pairs]
+        )
+        grids: dict[Hashable, tuple[int, int]] = {image.key: image.grid for image in images.values()}
+        examples: list[Example] = []
+        usable: list[int] = []
+        for index, (pair, item) in enumerate(zip(pairs, encoded, strict=True)):
+            sources = [_identity(source) for source in pair.images]
+            error = next((failures[s] for s in sources if s in failures), None)
+            if error is None and isinstance(item, PromptError):
+                error = str(item)
+            if error is None and isinstance(item, Encoded):
+                keys = tuple(images[s].key for s in sources)
+                prefix = len(item.prefix) + sum(self._vision.cells(grids[key]) - 1 for key in keys)
+                error = self._fit(out, index, item, prefix, keys, examples)
+            out.errors[index] = error
+            if error is None:
+                usable.append(index)
+        by_key: dict[Hashable, ImagePatches] = {image.key: image for image in images.values()}
+        out.batches = self._batches(examples, usable, by_key, grids)
+        return out
+
+    def _fit(
+        self,
+        out: Window,
+        index: int,
+        item: Encoded,
+        prefix: int,
+        keys: tuple[Hashable, ...],
+        examples: list[Example],
+    ) -> str | None:
+        """Adds the pair to `examples` if it is short enough or may be cut; else says why not."""
+        text, room = item.text, self.max_length - prefix
+        if len(text) > room:
+            if room <= len(self._prompter.closing):
+                return (
+                    f"image and prompt alone take {prefix} of {self.max_length} tokens; "
+                    "raise --max-length or choose a smaller image policy"
+                )
+            if not self.truncate:
+                return (
+                    f"the text has {len(text)} tokens, but only {room} of {self.max_length} are left beside image and "
+                    "prompt; shorten it, raise --max-length, or pass --truncate"
+                )
+            text = self._prompter.shorten(text, room)
+            out.truncated[index] = True
+        out.n_tokens[index] = prefix + len(text)
+        examples.append(Example(item.prefix, text, keys))
+        return None
+
+    def _decode(self, pairs: Sequence[Pair]) -> tuple[dict[Hashable, ImagePatches], dict[Hashable, str]]:
+        """Decodes each distinct source once: source identity -> image, and -> error."""
+        sources = {_identity(source): source for pair in pairs for source in pair.images}
+
+        def read(source: Any) -> ImagePatches | str:
+            try:
+                return self._reader(source)
+            except (ImageError, OSError) as error:
+                return str(error)
+
+        images: dict[Hashable, ImagePatches] = {}
+        failures: dict[Hashable, str] = {}
+        for key, result in zip(sources, self._pool.map(read, sources.values()), strict=True):
+            if isinstance(result, str):
+                failures[key] = result
+            else:
+                images[key] = result
+        return images, failures
+
+    def _batches(
+        self,
+        examples: list[Example],
+        usable: list[int],
+        images: dict[Hashable, ImagePatches],
+        grids: dict[Hashable, tuple[int, int]],
+    ) -> Iterator[PackedBatch]:
+        if not examples:
+            return
+        groups, prefixes = self._bounded(*group_examples(examples, grids, self._vision))
+        patches = {key: rows * columns for key, (rows, columns) in grids.items()}
+        longest = vision_length(patches, self._vision.merge**2)
+        row_length = choose_row_length(groups, self._hidden, limit=max(self.max_length, 4096))
+        lookup = np.asarray([*usable, -1], np.int32)
+        for first, last in self._cuts(groups):
+            part = groups[first:last]
+            cells = place(
+                part,
+                patches,
+                row_length=row_length,
+                max_texts=texts_per_row(row_length),
+                vision_length=longest,
+                cells=self._cells,
+            )
+            rows, vision_rows = need(cells)
+            shape = self.book.fit(rows, row_length, vision_rows, longest)
+            batch = pack(examples, images, part, prefixes[first:last], cells, shape, self._vision)
+            yield batch._replace(record=lookup[batch.record])
+
+    def _bounded(self, groups: Sequence[Group], prefixes: Sequence[np.ndarray]) -> tuple[list[Group], list[np.ndarray]]:
+        """Splits groups that alone exceed a batch (an image with thousands of texts)."""
+        out: list[tuple[Group, np.ndarray]] = []
+        for group, prefix in zip(groups, prefixes, strict=True):
+            part: list[tuple[int, int]] = []
+            size = group.prefix
+            for text in group.texts:
+                if part and size + text[1] > self.batch_tokens:
+                    out.append((group._replace(texts=tuple(part)), prefix))
+                    part, size = [], group.prefix
+                part.append(text)
+                size += text[1]
+            out.append((group._replace(texts=tuple(part)), prefix))
+        return [g for g, _ in out], [p for _, p in out]
+
+    def _cuts(self, groups: Sequence[Group]) -> Iterator[tuple[int, int]]:
+        """Consecutive spans of groups of about `batch_tokens` tokens."""
+        start = tokens = 0
+        for index, group in enumerate(groups):
+            size = group.prefix + sum(length for _, length in group.texts)
+            if tokens and tokens + size > self.batch_tokens:
+                yield start, index
+                start, tokens = index, 0
+            tokens += size
+        yield start, len(groups)
+
+
+def _identity(source: Any) -> Hashable:
+    """Files are the same source if their paths are equal; objects if they are the same object."""
+    return str(source) if isinstance(source, str | Path) else id(source)

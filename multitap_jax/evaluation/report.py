@@ -1,0 +1,287 @@
+"""A report from two files: what was scored and what people said. Nothing that could not be compared is hidden."""
+
+import dataclasses
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from multitap_jax.data.records import Record, Rejected, group_keys, iter_records
+from multitap_jax.data.tables import RecordsError, Unreadable, read_jsonl
+from multitap_jax.evaluation.correlation import STATISTICS, Metrics, evaluate_pairs
+from multitap_jax.evaluation.plots import objective_figure, scatter_figure
+
+SHOWN = 3  # examples of a problem in the table; the JSON lists all
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Problem:
+    """A line of the scores file that could not be used, wholly or for one objective."""
+
+    line: int
+    id: str | None
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationReport:
+    """Agreement of a scores file with the records' human scores.
+
+    Attributes:
+      protocol: what was compared, how, in words.
+      target: the human score that `overall` was compared with: "score" or "ratings.NAME".
+      dtype: of the computation that made the scores, or "unknown".
+      overall: overall score against the target, both in [0, 1].
+      objectives: every predicted objective against the ratings of its name, in the units of the ratings.
+      n_records, n_scores: usable records, lines of the scores file.
+      truncated: scored lines whose text was cut.
+      unrated: ids of scored records without the target. missing: of records without a line of scores.
+      duplicates: ids on more than one line of scores (the first counts). unknown: ids that are no record.
+      unpredicted: rated objectives that the scores do not have.
+      problems: lines of scores with an error, or without a usable number. rejected: unusable records.
+      points: float64[N, 2], (score, target) of the pairs of `overall`.
+    """
+
+    protocol: str
+    target: str
+    dtype: str
+    overall: Metrics
+    objectives: dict[str, Metrics]
+    n_records: int
+    n_scores: int
+    truncated: int
+    unrated: list[str]
+    missing: list[str]
+    duplicates: list[str]
+    unknown: list[str]
+    unpredicted: list[str]
+    problems: list[Problem]
+    rejected: list[Rejected]
+    points: np.ndarray = dataclasses.field(repr=False)
+
+    def lists(self) -> dict[str, list[str]]:
+        """Everything that was not compared, by kind, as text."""
+        return {
+            "records without a score": self.missing,
+            "scored records without a human score": self.unrated,
+            "ids scored more than once (the first counts)": self.duplicates,
+            "scored ids that are no record": self.unknown,
+            "rated objectives without a prediction": self.unpredicted,
+            "unusable lines of scores": [f"line {p.line}, id {p.id}: {p.reason}" for p in self.problems],
+            "rejected records": [f"line {r.line}, id {r.id}: {r.reason}" for r in self.rejected],
+        }
+
+    def table(self) -> Table:
+        """Statistics with intervals, ties, and the counts of what was left out."""
+        table = Table(title="Agreement with people", caption=Text(self._caption()), caption_justify="left")
+        for name in ("", "n", *STATISTICS, "ties pred / human / both"):
+            table.add_column(name, justify="left" if name == "" else "right")
+        for name, metrics in {"overall": self.overall, **self.objectives}.items():
+            cells = [_cell(metrics, statistic) for statistic in STATISTICS]
+            ties = f"{metrics.ties_pred:,} / {metrics.ties_human:,} / {metrics.ties_both:,}"
+            table.add_row(Text(name), f"{metrics.n:,}", *cells, ties)
+        return table
+
+    def to_json(self) -> str:
+        """The whole report; numbers that do not exist are null, with their reason."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "points"}
+        values = {name: _plain(value) for name, value in fields.items()}
+        return json.dumps(values, indent=2, allow_nan=False)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes metrics.json, overall.png (scores against people) and, with objectives, objectives.png."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "metrics.json").write_text(self.to_json() + "\n", encoding="utf-8")
+        scatter_figure(self.points, self.overall, self.target).savefig(folder / "overall.png", dpi=150)
+        if self.objectives:
+            objective_figure(self.objectives).savefig(folder / "objectives.png", dpi=150)
+
+    def _caption(self) -> str:
+        lines = [self.protocol]
+        for kind, items in self.lists().items():
+            if items:
+                more = ", ..." if len(items) > SHOWN else ""
+                lines.append(f"{len(items):,} {kind}: {', '.join(items[:SHOWN])}{more}")
+        metrics = {"overall": self.overall, **self.objectives}
+        lines += [f"{name}: tau undefined: {m.tau_b.reason}" for name, m in metrics.items() if m.tau_b.reason]
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(slots=True)
+class _Scores:
+    """Usable lines of a scores file by id, and the others."""
+
+    overall: dict[str, float]
+    objectives: dict[str, dict[str, float]]
+    duplicates: dict[str, None]
+    problems: list[Problem]
+    seen: set[str]
+    lines: int = 0
+    truncated: int = 0
+
+
+def evaluate_files(
+    scores_path: str | os.PathLike[str],
+    records_path: str | os.PathLike[str],
+    *,
+    target: str = "score",
+    target_range: tuple[float, float] = (0.0, 1.0),
+    bootstrap_samples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+    tolerance: float = 0.5,
+    dtype: str | None = None,
+    allow_outside_root: bool = False,
+) -> EvaluationReport:
+    """Joins scores with records by id and measures their agreement. The pictures need not be there.
+
+    Args:
+      scores_path: JSON lines `{"id", "score", "scores": {objective: number}, "truncated", "error"}`.
+      records_path: records file or folder.
+      target: "score" or "ratings.NAME": what people said about the whole.
+      target_range: values of the target that map to 0 and 1.
+      bootstrap_samples, seed, level: of the intervals; records that share a group or picture are resampled together.
+      tolerance: of the accuracy.
+      dtype: of the computation that made the scores, for the report.
+      allow_outside_root: as in `load_records`.
+
+    Raises:
+      RecordsError: a file is missing or of the wrong kind, or a target lies outside `target_range`.
+    """
+    low, high = target_range
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise RecordsError(f"target_range {target_range}: expected two finite numbers, the first below the second")
+    if target != "score" and not target.startswith("ratings."):
+        raise RecordsError(f"target {target!r}: expected 'score' or 'ratings.NAME'")
+    items = list(iter_records(Path(records_path), allow_outside_root=allow_outside_root, need_images=False))
+    records = [item for item in items if isinstance(item, Record)]
+    scores = _read_scores(Path(scores_path))
+    groups = dict(zip((record.id for record in records), group_keys(records), strict=True))
+    options: dict[str, Any] = {"samples": bootstrap_samples, "seed": seed, "level": level, "tolerance": tolerance}
+
+    rated = [record for record in records if record.id in scores.overall and record.target(target) is not None]
+    human = np.array([_on_scale(record, target, low, high) for record in rated], np.float64)
+    pred = np.array([scores.overall[record.id] for record in rated], np.float64)
+    objectives = {}
+    for name, values in scores.objectives.items():
+        pairs = [(r.id, values[r.id], y) for r in records if r.id in values and (y := r.ratings.get(name)) is not None]
+        ids, guesses, truths = zip(*pairs, strict=True) if pairs else ((), (), ())
+        objectives[name] = evaluate_pairs(guesses, truths, groups=[groups[i] for i in ids], **options)
+    overall = evaluate_pairs(pred, human, groups=[groups[record.id] for record in rated], **options)
+    known = groups.keys() | {item.id for item in items if isinstance(item, Rejected)}
+    return EvaluationReport(
+        protocol=_protocol(target, target_range, overall, scores.truncated, dtype or "unknown"),
+        target=target,
+        dtype=dtype or "unknown",
+        overall=overall,
+        objectives=objectives,
+        n_records=len(records),
+        n_scores=scores.lines,
+        truncated=scores.truncated,
+        unrated=[r.id for r in records if r.id in scores.overall and r.target(target) is None],
+        missing=[record.id for record in records if record.id not in scores.seen],
+        duplicates=list(scores.duplicates),
+        unknown=sorted(scores.seen - known),
+        unpredicted=[n for n in dict.fromkeys(n for r in records for n in r.ratings) if n not in scores.objectives],
+        problems=scores.problems,
+        rejected=[item for item in items if isinstance(item, Rejected)],
+        points=np.stack([pred, human], axis=1),
+    )
+
+
+def _read_scores(path: Path) -> _Scores:
+    if not path.is_file():
+        raise RecordsError(f"{path}: no such scores file; check the path")
+    scores = _Scores({}, {}, {}, [], set())
+    for line, row in read_jsonl(path):
+        scores.lines += 1
+        name = None if isinstance(row, Unreadable) else row.get("id")
+        if isinstance(row, Unreadable):
+            scores.problems.append(Problem(line, None, row.reason))
+        elif not isinstance(name, str):
+            scores.problems.append(Problem(line, None, "no id"))
+        elif name in scores.seen:
+            scores.duplicates[name] = None
+        else:
+            scores.seen.add(name)
+            _take(scores, line, name, row)
+    if not scores.lines:
+        raise RecordsError(f"{path}: no scores in the file")
+    return scores
+
+
+def _take(scores: _Scores, line: int, name: str, row: dict[str, Any]) -> None:
+    """Adds one line of scores; what is no finite number becomes a problem of that line."""
+    if row.get("error") is not None:
+        scores.problems.append(Problem(line, name, str(row["error"])))
+        return
+    scores.truncated += row.get("truncated") is True
+    if _is_number(row.get("score")):
+        scores.overall[name] = float(row["score"])
+    else:
+        scores.problems.append(Problem(line, name, f"score is {row.get('score')!r}, not a finite number"))
+    objectives = row.get("scores") or {}
+    if not isinstance(objectives, dict):
+        scores.problems.append(Problem(line, name, "scores is not an object of objective: number"))
+        return
+    for objective, value in objectives.items():
+        column = scores.objectives.setdefault(objective, {})
+        if _is_number(value):
+            column[name] = float(value)
+        else:
+            scores.problems.append(Problem(line, name, f"scores.{objective} is {value!r}, not a finite number"))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _on_scale(record: Record, target: str, low: float, high: float) -> float:
+    value = record.target(target)
+    assert value is not None  # the caller chose the records that have one
+    if not low <= value <= high:
+        raise RecordsError(
+            f"record {record.id!r} (line {record.line}): {target} = {value:g} lies outside target_range "
+            f"({low:g}, {high:g}); give the range of the human scores"
+        )
+    return (value - low) / (high - low)
+
+
+def _protocol(target: str, target_range: tuple[float, float], metrics: Metrics, truncated: int, dtype: str) -> str:
+    low, high = target_range
+    return (
+        f"Each record counts once: its overall score against {target}, mapped from [{low:g}, {high:g}] to [0, 1]; "
+        f"objectives against the ratings of their name, in the units of the ratings. tau_b and tau_c are Kendall's, "
+        f"ties counted among n(n-1)/2 comparisons. accuracy: share within {metrics.tolerance:g}. "
+        f"Intervals: {metrics.level:.0%} percentile bootstrap, {metrics.samples:,} samples of whole groups "
+        f"({metrics.n_groups:,} groups of records that share a group or picture). "
+        f"n = {metrics.n:,}, ties {metrics.ties_pred:,} in the scores and {metrics.ties_human:,} in the human scores. "
+        f"Scores computed in dtype {dtype}; {truncated:,} texts truncated."
+    )
+
+
+def _cell(metrics: Metrics, name: str) -> str:
+    statistic = getattr(metrics, name)
+    if math.isnan(statistic.value):
+        return "undefined"
+    if math.isnan(statistic.interval.low):
+        return f"{statistic.value:.4f}"
+    return f"{statistic.value:.4f} ({statistic.interval.low:.4f}, {statistic.interval.high:.4f})"
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses to dicts, NaN to null, all the way down."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

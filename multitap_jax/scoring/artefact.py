@@ -1,0 +1,367 @@
+"""One saved thing: backbone, heads, tokenizer, image processor and the contract they were trained under (DESIGN 3.6).
+
+A folder that three worlds read: transformers (`config.json`, `model*.safetensors` with hub names, tokenizer and
+processor files), NumPy (`heads.safetensors`), and this package (`multitap.json`). It is written whole or not at all,
+and what it says about itself is checked when it is read.
+"""
+
+import dataclasses
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save as tensors_to_bytes
+
+from multitap_jax.data.processing import Contract
+from multitap_jax.reward import RewardHead, RewardModel
+from multitap_jax.scoring.files import (
+    file_hash,
+    json_bytes,
+    new_folder,
+    tensor_hash,
+    write_atomic,
+)
+from multitap_jax.scoring.manifest import (
+    HEADS,
+    MANIFEST,
+    ArtefactError,
+    BackboneSource,
+    Hashes,
+    Manifest,
+    Objective,
+    Overall,
+    check_objectives,
+    read_manifest,
+)
+from multitap_jax.stage2.head import RidgeHead
+from multitap_jax.weights.files import read_file, read_json, read_tensors
+from multitap_jax.weights.hub import abstract_backbone, load_backbone, save_backbone
+
+CONFIG = "config.json"
+OUTPUT_EMBEDDING = r"(language_model\.)?lm_head\.weight|output\.weight"
+# What a tokenizer or an image processor is made of; never code.
+COMPANIONS = (
+    "tokenizer*.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.*",
+    "*processor_config.json",
+    "generation_config.json",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Artefact:
+    """A saved model's folder and what its `multitap.json` says.
+
+    Attributes:
+      folder: where it is.
+      manifest: contract, objectives, hashes, provenance.
+    """
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def model_hash(self) -> str:
+        """sha256 over names, dtypes, shapes and values of the backbone's tensors."""
+        return self.manifest.hashes.model
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over all that decides a score."""
+        return self.manifest.fingerprint
+
+    @property
+    def hidden_size(self) -> int:
+        """H of the backbone."""
+        return hidden_size(_read_config(self.folder))
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Artefact":
+        """Reads the manifest and checks the files beside it against their hashes; weights are left alone.
+
+        Raises:
+          ArtefactError: no artefact, or one that was edited, cut off, or made by a newer version.
+        """
+        folder = Path(folder)
+        _check_is_artefact(folder)
+        manifest = read_manifest(folder)
+        wrong = [
+            f"{name}: {'missing' if not (folder / name).is_file() else 'content changed'}"
+            for name, stated in manifest.hashes.files.items()
+            if not (folder / name).is_file() or file_hash(folder / name) != stated
+        ]
+        if wrong:
+            raise ArtefactError(
+                f"{folder}: files differ from those saved ({'; '.join(wrong)}), so scores would too; restore them from "
+                "the original artefact"
+            )
+        return cls(folder, manifest)
+
+    @classmethod
+    def save(
+        cls,
+        folder: str | Path,
+        model: RewardModel,
+        *,
+        base: str | Path,
+        contract: Contract,
+        overall: Overall | None = None,
+        ridge: RidgeHead | None = None,
+        objectives: Sequence[Objective] = (),
+        source: str = "",
+        revision: str = "",
+        provenance: Mapping[str, Any] | None = None,
+        dtype: jax.typing.DTypeLike | None = None,
+        overwrite: bool = False,
+    ) -> "Artefact":
+        """Writes an artefact: whole, or not at all.
+
+        Args:
+          folder: where to; must be empty or absent, or, with `overwrite`, hold an artefact.
+          model: backbone and reward head.
+          base: folder whose `config.json`, tokenizer, processor and (untied) output embedding go along.
+          contract: what turns a pair into tokens, positions and pixels.
+          overall: the target the reward head was trained on.
+          ridge: heads of the objectives, with `objectives` describing them in the same order.
+          source, revision: the backbone's origin, for people.
+          provenance: anything JSON: configuration, fingerprint of the records, versions, steps.
+          dtype: of the backbone's tensors on disk, None for that of the parameters; heads are float32 always.
+
+        Raises:
+          FileExistsError: the folder is in the way.
+          ArtefactError: `base` describes another model; ridge head and objectives do not fit each other; NaN in a head.
+        """
+        base = Path(base)
+        config = _read_config(base)
+        _check_same_model(model, base)
+        with new_folder(Path(folder), replaceable=lambda old: overwrite and (old / MANIFEST).is_file()) as new:
+            save_backbone(model.backbone, new, dtype=dtype, extra=output_embedding(base, config))
+            (new / CONFIG).write_bytes(json_bytes(config))
+            for path in companion_files(base):
+                shutil.copyfile(path, new / path.name)
+            (new / HEADS).write_bytes(tensors_to_bytes(_head_arrays(model.head, ridge)))
+            manifest = Manifest(
+                contract=contract,
+                overall=overall or Overall(),
+                objectives=_checked_objectives(ridge, objectives),
+                ridge=ridge.metadata() if ridge is not None else None,
+                backbone=BackboneSource(config["model_type"], source or base.name, revision),
+                hashes=Hashes(
+                    model=tensor_hash(read_tensors(new)),
+                    heads=tensor_hash(read_file(new / HEADS)),
+                    files={path.name: file_hash(path) for path in [new / CONFIG, *companion_files(new)]},
+                ),
+                provenance=dict(provenance or {}),
+            )
+            (new / MANIFEST).write_bytes(json_bytes(manifest.to_json()))
+        return cls(Path(folder), manifest)
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+        *,
+        shardings: Any = None,
+        verify_weights: bool = True,
+    ) -> tuple["Artefact", RewardModel, RidgeHead | None]:
+        """Reads an artefact, or says why not; nothing is ever filled in.
+
+        Args:
+          folder: an artefact.
+          param_dtype: of the backbone's parameters in memory; heads are float32 always.
+          shardings: where the backbone's parameters go, as `load_backbone` takes it.
+          verify_weights: compare the weights with their hash (a second pass over files that are then in memory).
+
+        Raises:
+          ArtefactError: not an artefact, edited, cut off, of a newer format.
+          WeightError: weights missing or of another shape; all of them are listed.
+        """
+        artefact = cls.open(folder)
+        head, ridge = artefact.load_heads()
+        backbone = load_backbone(artefact.folder, param_dtype=param_dtype, shardings=shardings)
+        if verify_weights:
+            artefact.verify()
+        return artefact, RewardModel(backbone, head), ridge
+
+    def verify(self) -> "Artefact":
+        """Itself, after reading all weights and comparing them with their hash; raises ArtefactError."""
+        if tensor_hash(read_tensors(self.folder)) != self.model_hash:
+            raise ArtefactError(
+                f"{self.folder}: the weights in model*.safetensors are not those that were saved; restore them from "
+                "the original artefact, or save them as a new one with Artefact.save"
+            )
+        return self
+
+    def heads_file(self) -> Path:
+        """The file whose tensors are the heads the manifest speaks of; raises ArtefactError where none is."""
+        return _heads_file(self.folder, self.manifest.hashes.heads)
+
+    def load_heads(self) -> tuple[RewardHead, RidgeHead | None]:
+        """The reward head and the ridge head, checked against hash and shapes.
+
+        Raises:
+          ArtefactError: edited, missing or mis-shaped; all of it is listed.
+        """
+        arrays = self.head_arrays()
+        head = RewardHead.from_arrays(arrays["reward_head.weight"][0], arrays["reward_head.bias"][0])
+        if self.manifest.ridge is None:
+            return head, None
+        ridge = {name: array for name, array in arrays.items() if name.startswith("ridge.")}
+        return head, RidgeHead.from_arrays(ridge, self.manifest.ridge)
+
+    def head_arrays(self) -> dict[str, np.ndarray]:
+        """reward_head.weight float32[1, H], .bias [1]; if fitted, ridge.coef float32[T, H], .intercept, .alpha [T]."""
+        path = self.heads_file()
+        arrays = {name: np.array(tensor) for name, tensor in read_file(path).items()}
+        hidden = hidden_size(_read_config(self.folder))
+        targets = len(self.manifest.objectives)
+        expected = {"reward_head.weight": (1, hidden), "reward_head.bias": (1,)}
+        if self.manifest.ridge is not None:
+            expected |= {"ridge.coef": (targets, hidden), "ridge.intercept": (targets,), "ridge.alpha": (targets,)}
+        wrong = [
+            f"{name}: {arrays[name].shape if name in arrays else 'missing'}, expected {shape}"
+            for name, shape in expected.items()
+            if name not in arrays or arrays[name].shape != shape
+        ]
+        if wrong:
+            raise ArtefactError(f"{path}: {'; '.join(wrong)}; restore the file, or train and save the heads again")
+        return arrays
+
+    def add_ridge(self, head: RidgeHead, objectives: Sequence[Objective]) -> "Artefact":
+        """Writes a ridge head into the folder in place of the one there, if any; weights and reward head stay.
+
+        A crash at any point leaves the old heads or the new ones, whole: the new heads wait under another name until
+        the manifest, replaced in one step, asks for them.
+        """
+        reward, _ = self.load_heads()
+        data = tensors_to_bytes(_head_arrays(reward, head))
+        waiting = _waiting(self.folder)
+        write_atomic(waiting, data)
+        manifest = dataclasses.replace(
+            self.manifest,
+            objectives=_checked_objectives(head, objectives),
+            ridge=head.metadata(),
+            hashes=dataclasses.replace(self.manifest.hashes, heads=tensor_hash(read_file(waiting))),
+        )
+        write_atomic(self.folder / MANIFEST, json_bytes(manifest.to_json()))
+        waiting.replace(self.folder / HEADS)
+        return Artefact(self.folder, manifest)
+
+
+def hidden_size(config: Mapping[str, Any]) -> int:
+    """H of a Hugging Face config, whose text part may stand in a section of its own."""
+    return int({**config, **config.get("text_config", {})}["hidden_size"])
+
+
+def companion_files(folder: Path) -> list[Path]:
+    """Tokenizer, processor and generation files of a model folder, sorted by name."""
+    return sorted({path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()})
+
+
+def output_embedding(folder: Path, config: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The output embedding of a folder whose config does not tie it to the input embedding; {} where there is none.
+
+    No score needs it, but transformers and the official code load it, so it goes along unchanged.
+    """
+    if {**config.get("text_config", {}), **config}.get("tie_word_embeddings", False):
+        return {}
+    return {name: tensor for name, tensor in read_tensors(folder).items() if re.fullmatch(OUTPUT_EMBEDDING, name)}
+
+
+def _check_is_artefact(folder: Path) -> None:
+    if (folder / MANIFEST).is_file():
+        return
+    if not folder.is_dir():
+        raise ArtefactError(f"{folder}: no such folder; give the folder of a saved model")
+    if not (folder / CONFIG).is_file():
+        raise ArtefactError(
+            f"{folder}: neither {MANIFEST} nor {CONFIG} is here, so this is no saved model; give the folder that "
+            "training or an export wrote"
+        )
+    if any(name.startswith(("backbone_model.", "reward_head.")) for name in read_tensors(folder)):
+        raise ArtefactError(
+            f"{folder}: weights in the official layout, without {MANIFEST}; turn them into an artefact first: "
+            "multitap_jax.scoring.import_official(folder, out)"
+        )
+    raise ArtefactError(
+        f"{folder}: a backbone without a reward head ({MANIFEST} is not here), so it cannot score. Train one: "
+        f"multitap train --config=configs/official_qwen2_vl_2b.py --config.model.checkpoint={folder}"
+    )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    config = read_json(folder / CONFIG)
+    if "model_type" not in config:
+        raise ArtefactError(f"{folder / CONFIG}: model_type is missing; restore the file")
+    return config
+
+
+def _check_same_model(model: RewardModel, base: Path) -> None:
+    described = abstract_backbone(base)
+    given, expected = (
+        (jax.tree.structure(tree), [leaf.shape for leaf in jax.tree.leaves(tree)])
+        for tree in (model.backbone, described)
+    )
+    if given != expected:
+        raise ArtefactError(
+            f"{base / CONFIG}: describes another model than the one to be saved, which could not be loaded again; give "
+            "the folder that the backbone was loaded from as base"
+        )
+
+
+def _head_arrays(head: RewardHead, ridge: RidgeHead | None) -> dict[str, np.ndarray]:
+    arrays = {
+        "reward_head.weight": np.asarray(head.weight[...], np.float32)[None, :],
+        "reward_head.bias": np.asarray(head.bias[...], np.float32)[None],
+    }
+    if ridge is not None:
+        arrays |= {name: np.ascontiguousarray(array) for name, array in ridge.to_arrays().items()}
+    unusable = [name for name, array in arrays.items() if not np.isfinite(array).all()]
+    if unusable:
+        raise ArtefactError(f"NaN or infinity in {', '.join(unusable)}: not saved; look at the end of the training log")
+    return arrays
+
+
+def _checked_objectives(ridge: RidgeHead | None, objectives: Sequence[Objective]) -> tuple[Objective, ...]:
+    """The objectives, checked against the heads they describe, with the penalties the heads were fitted with."""
+    heads = () if ridge is None else tuple(ridge.objective_names_)
+    names = tuple(objective.name for objective in objectives)
+    if heads != names:
+        raise ArtefactError(
+            f"ridge heads of {heads}, but objectives {names} describe them; give one for each, in order"
+        )
+    check_objectives(objectives)
+    alphas = () if ridge is None else tuple(float(alpha) for alpha in ridge.alpha_)
+    pairs = zip(objectives, alphas, strict=True)
+    return tuple(dataclasses.replace(objective, alpha=alpha) for objective, alpha in pairs)
+
+
+def _waiting(folder: Path) -> Path:
+    return folder / f".{HEADS}.new"
+
+
+def _heads_file(folder: Path, stated: str) -> Path:
+    """The heads the manifest speaks of: in their place, or waiting for it after a crash (see `add_ridge`)."""
+    present = [path for path in (folder / HEADS, _waiting(folder)) if path.is_file()]
+    if not present:
+        raise ArtefactError(
+            f"{folder / HEADS}: not here, and no head is ever random; restore it from the original artefact"
+        )
+    for path in present:
+        if tensor_hash(read_file(path)) == stated:
+            return path
+    raise ArtefactError(
+        f"{folder / HEADS}: was edited or damaged (its sha256 is not that of {MANIFEST}); restore it from the original "
+        "artefact, or train and save the heads again"
+    )

@@ -1,0 +1,108 @@
+"""Files that are either whole or absent, and hashes that depend on content alone."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def canonical_hash(value: Any) -> str:
+    """sha256 (hex) of a JSON value, independent of key order and white space."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """sha256 (hex) of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tensor_hash(tensors: Mapping[str, np.ndarray]) -> str:
+    """sha256 (hex) over the name, type, shape and bytes of every tensor, whatever files they are in.
+
+    Mapped tensors (`weights.files.read_tensors`) are never in memory as a whole; several are hashed at a time, since
+    hashlib lets go of the interpreter lock.
+    """
+
+    def digest(name: str) -> list[Any]:
+        data = np.ascontiguousarray(tensors[name])
+        return [name, data.dtype.name, data.shape, hashlib.sha256(data.reshape(-1).view(np.uint8).data).hexdigest()]
+
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        return canonical_hash(list(pool.map(digest, sorted(tensors))))
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames and new names in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Writes a file so that a reader, or a crash, sees the old content or the new and nothing between."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def json_bytes(value: Any) -> bytes:
+    """Indented JSON, as people read it; NaN and infinity are errors."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, *, replaceable: Callable[[Path], bool]) -> Iterator[Path]:
+    """Yields an empty sibling folder that takes the name `folder` when the block ends well, and vanishes otherwise.
+
+    An existing non-empty `folder` is replaced only where `replaceable(folder)` is true. There is a moment, between two
+    renames, in which a replaced folder has its `.old` name; a crash there loses nothing, the next call clears it up.
+
+    Raises:
+      FileExistsError: when `folder` is in the way; nothing was written.
+    """
+    folder = Path(os.path.abspath(folder))
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise FileExistsError(f"{folder}: is not a folder; choose another name")
+    occupied = folder.is_dir() and any(folder.iterdir())
+    if occupied and not replaceable(folder):
+        raise FileExistsError(f"{folder}: is not empty and will not be replaced; choose another name or remove it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        old = folder.with_name(f".{folder.name}.old")
+        if occupied:
+            if old.exists():
+                shutil.rmtree(old)
+            os.rename(folder, old)
+        os.rename(temporary, folder)
+        sync_folder(folder.parent)
+        if occupied:
+            shutil.rmtree(old)
+    finally:
+        if temporary.exists():
+            shutil.rmtree(temporary)

@@ -1,0 +1,255 @@
+"""Scores a file of records of any length: each input line appears in the output exactly once, also after kill -9.
+
+The output is its own journal. Lines are appended in input order, a window at a time, and pushed to the disk before the
+next window starts; a restart cuts off what is torn, checks the ids of the lines that are whole against the input, and
+goes on after them. `OUTPUT.job.json` beside it says what is being scored with what, so that another input or another
+model can never continue a file. `OUTPUT.rejected.jsonl` repeats the lines that have no score, with the reason.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+import numpy as np
+
+from multitap_jax.data.records import Record, Rejected, iter_records
+from multitap_jax.data.tables import find_records_file
+from multitap_jax.scoring.journal import JobError, Journal, input_fingerprint
+from multitap_jax.scoring.progress import progress_bar
+
+if TYPE_CHECKING:
+    from multitap_jax.scoring.results import Scores
+
+ENOUGH_TO_JUDGE = 1000  # lines seen before a share of rejected ones can stop a running job
+
+
+class SupportsScore(Protocol):
+    """What a job needs of a scorer."""
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the model; changes whenever a score could."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """JSON of what else decides a score or an error: computation type, longest pair."""
+
+    def score(
+        self, *, images: Sequence[Any], texts: Sequence[str], requests: Sequence[str | None], truncate: bool
+    ) -> "Scores":
+        """Scores pair by pair; a pair that fails has an error instead of a score."""
+
+
+class TooManyRejected(JobError):
+    """More records than `max_rejected` allows have no score."""
+
+
+@dataclasses.dataclass(frozen=True)
+class JobSummary:
+    """What became of a job.
+
+    Attributes:
+      lines: lines of the output, one a record.
+      rejected: lines without a score (bad record, bad image, too long a text).
+      resumed: lines that an earlier run had finished.
+      truncated: lines whose text was cut.
+      seconds: wall time of this run, scoring and replay.
+      output, rejected_file: where they are.
+      already_complete: the file was finished before and nothing was done.
+    """
+
+    lines: int
+    rejected: int
+    resumed: int
+    truncated: int
+    seconds: float
+    output: Path
+    rejected_file: Path
+    already_complete: bool = False
+
+    def __str__(self) -> str:
+        if self.already_complete:
+            return f"{self.output}: already complete, {self.lines} lines, {self.rejected} rejected; nothing was done"
+        new = self.lines - self.resumed
+        rate = new / self.seconds if self.seconds > 0 else 0.0
+        parts = [f"{self.output}: {self.lines} lines, {self.rejected} rejected, {self.truncated} truncated"]
+        if self.resumed:
+            parts.append(f"{self.resumed} lines were there from an earlier run")
+        parts.append(f"{new} new lines in {self.seconds:.1f} s ({rate:.1f} pairs/s)")
+        return "; ".join(parts)
+
+
+@dataclasses.dataclass
+class _Tally:
+    lines: int = 0
+    rejected: int = 0
+    truncated: int = 0
+    reasons: list[str] = dataclasses.field(default_factory=list)
+
+    def add(self, line: dict[str, Any]) -> None:
+        self.lines += 1
+        self.truncated += bool(line["truncated"])
+        if line["error"] is not None:
+            self.rejected += 1
+            if len(self.reasons) < 3:
+                self.reasons.append(f"{line['id']}: {line['error']}")
+
+
+def score_file(
+    scorer: SupportsScore,
+    input: str | Path,
+    output: str | Path,
+    *,
+    truncate: bool = False,
+    max_rejected: float = 0.01,
+    allow_outside_root: bool = False,
+    window: int = 1024,
+    show_progress: bool = False,
+) -> JobSummary:
+    """Scores every record of `input` into the JSON lines `output`, in input order; run it again to continue or check.
+
+    A line holds `id, score, scores{objective: number}, n_tokens, truncated, error`; score is null where error is not.
+
+    Args:
+      scorer: a `Scorer`, or anything that scores alike.
+      input: records (JSONL, CSV, Parquet, or a folder holding one); memory does not grow with its length.
+      output: file to write, or to continue.
+      truncate: cut texts that are too long instead of rejecting them.
+      max_rejected: share of records without a score above which the job stops.
+      allow_outside_root: let image paths leave the folder of the records file.
+      window: records scored between two writes; at most so many are scored again after a kill.
+      show_progress: draw a bar on standard error.
+
+    Raises:
+      TooManyRejected: above `max_rejected`, judged from 1,000 lines on and at the end. The lines written stay.
+      JobError: another input or model than the file was begun with, a file in the way, no space; says the remedy.
+    """
+    if window < 1:
+        raise ValueError(f"window = {window}: at least 1 record")
+    began = time.monotonic()
+    source, output = find_records_file(input), Path(output)
+    if source.resolve() == output.resolve():
+        raise JobError(f"{output}: is the input; choose another output")
+    identity = {
+        "input": input_fingerprint(source),
+        "model": scorer.fingerprint,
+        "settings": {**scorer.settings, "truncate": truncate, "allow_outside_root": allow_outside_root},
+    }
+    rejected_file = output.with_name(output.name + ".rejected.jsonl")
+    with Journal(output, identity) as journal:
+        finished = journal.finished()
+        tally, resumed = _Tally(**(finished or {})), 0
+        if finished is None:
+            items = iter_records(source, allow_outside_root=allow_outside_root)
+            with journal.disk_errors():
+                rejects = rejected_file.open("w", encoding="utf-8")
+            with rejects:
+                _record(tally, journal.replay(items), rejects, journal)
+                resumed = tally.lines
+                total = _count_lines(source) if show_progress else None
+                with progress_bar(total, resumed, enabled=show_progress) as advance:
+                    while batch := list(islice(items, window)):
+                        _judge(tally, max_rejected, rejected_file, final=False)
+                        lines = _score_window(scorer, batch, truncate)
+                        journal.append(lines)
+                        _record(tally, zip(batch, lines, strict=True), rejects, journal)
+                        advance(len(lines))
+            journal.finish(dataclasses.asdict(tally))
+    _judge(tally, max_rejected, rejected_file, final=True)
+    return JobSummary(
+        lines=tally.lines,
+        rejected=tally.rejected,
+        resumed=resumed if finished is None else tally.lines,
+        truncated=tally.truncated,
+        seconds=time.monotonic() - began,
+        output=output,
+        rejected_file=rejected_file,
+        already_complete=finished is not None,
+    )
+
+
+def _score_window(scorer: SupportsScore, items: Sequence[Record | Rejected], truncate: bool) -> list[dict[str, Any]]:
+    """One output line per item; what the reader rejected is not shown to the scorer."""
+    records = [item for item in items if isinstance(item, Record)]
+    scored: Iterator[dict[str, Any]] = iter(())
+    if records:
+        scores = scorer.score(
+            images=[list(record.images) for record in records],
+            texts=[record.text for record in records],
+            requests=[record.request for record in records],
+            truncate=truncate,
+        )
+        scored = (_scored_line(record.id, scores, index) for index, record in enumerate(records))
+    return [next(scored) if isinstance(item, Record) else _rejected_line(item) for item in items]
+
+
+def _scored_line(identifier: str, scores: "Scores", index: int) -> dict[str, Any]:
+    error = scores.errors[index]
+    good = error is None
+    return {
+        "id": identifier,
+        "score": _number(scores.overall[index]) if good else None,
+        "scores": {
+            name: _number(value) if good else None
+            for name, value in zip(scores.names, scores.objectives[index], strict=True)
+        },
+        "n_tokens": int(scores.n_tokens[index]) if good else None,
+        "truncated": bool(scores.truncated[index]),
+        "error": error,
+    }
+
+
+def _rejected_line(item: Rejected) -> dict[str, Any]:
+    return {
+        "id": item.id,
+        "score": None,
+        "scores": {},
+        "n_tokens": None,
+        "truncated": False,
+        "error": item.reason if item.id is not None else f"line {item.line}: {item.reason}",
+    }
+
+
+def _number(value: np.floating) -> float:
+    """The float64 whose decimal spelling is the shortest that names this float32."""
+    return float(str(np.float32(value)))
+
+
+def _record(
+    tally: _Tally,
+    done: Iterable[tuple[Record | Rejected, dict[str, Any]]],
+    rejects: TextIO,
+    journal: Journal,
+) -> None:
+    for item, line in done:
+        tally.add(line)
+        if line["error"] is not None:
+            entry = {"line": item.line, "id": line["id"], "reason": line["error"]}
+            with journal.disk_errors():
+                rejects.write(json.dumps(entry) + "\n")
+    with journal.disk_errors():
+        rejects.flush()
+
+
+def _judge(tally: _Tally, max_rejected: float, rejected_file: Path, *, final: bool) -> None:
+    if tally.lines == 0 or not (final or tally.lines >= ENOUGH_TO_JUDGE):
+        return
+    share = tally.rejected / tally.lines
+    if share > max_rejected:
+        raise TooManyRejected(
+            f"{tally.rejected} of {tally.lines} records have no score ({share:.1%}, --max-rejected is "
+            f"{max_rejected:.1%}). First reasons: {'; '.join(tally.reasons)}. All of them: {rejected_file}. Raise "
+            "--max-rejected to accept this and go on; or mend the input, remove the output and start again"
+        )
+
+
+def _count_lines(path: Path) -> int | None:
+    """Lines of a JSONL file, for the bar; None for other formats."""
+    if path.suffix != ".jsonl":
+        return None
+    with path.open("rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))

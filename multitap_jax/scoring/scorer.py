@@ -1,0 +1,236 @@
+"""`Scorer`: pairs in, scores out, whatever the batch, the order or the grouping (DESIGN 3.7).
+
+    scorer = Scorer.from_pretrained("run/artefact")
+    scores = scorer.score(images=["dog.jpg", "dog.jpg"], texts=["A dog runs.", "Two cats sleep."])
+    scores.overall      # float32[2], 0 to 1
+    scores.objectives   # float32[2, T], in the units of the ratings; columns are scores.names
+
+Windows of pairs are decoded and packed by a thread while the device computes; results find their pair by the index
+that each batch carries, so nothing depends on how pairs were put together.
+"""
+
+import functools
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.special
+
+from multitap_jax.backbones import Execution
+from multitap_jax.batch import PackedBatch
+from multitap_jax.data.processing import Processing
+from multitap_jax.data.stream import Pair, StreamPacker
+from multitap_jax.parallel.mesh import batch_shards, param_shardings, replicated, shard_batch
+from multitap_jax.reward import RewardModel
+from multitap_jax.scoring.artefact import Artefact
+from multitap_jax.scoring.pairs import Source, make_pairs
+from multitap_jax.scoring.progress import progress_bar
+from multitap_jax.scoring.readahead import read_ahead
+from multitap_jax.scoring.results import Embeddings, Ranking, Results, Scores
+from multitap_jax.stage2.head import RidgeHead
+
+IN_FLIGHT = 2  # batches on the device before the host waits for the first
+WINDOW = 256  # pairs whose pictures are in memory at once
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+class Scorer:
+    """A loaded model that scores pairs. Calls from several threads take turns.
+
+    Args:
+      artefact: where the model came from.
+      model: backbone and reward head.
+      ridge: heads of the objectives, if any.
+      dtype: "float32" (scores repeat to 1e-5 in any batch) or "bfloat16" (faster).
+      batch_tokens: about how many tokens a batch holds; bounds device memory.
+      max_length: longest pair in tokens, image tokens included.
+      truncate: cut the tail of longer texts, where a call does not say otherwise.
+      attention: attention backend, see `backbones/attention.py`.
+      mesh: devices to spread batches and parameters over (`parallel.mesh.make_mesh`); None is one device.
+      workers: threads that decode pictures.
+
+    Attributes:
+      artefact: the artefact.
+      names: names of the objectives.
+      settings: JSON of what decides a score besides the artefact.
+    """
+
+    def __init__(
+        self,
+        artefact: Artefact,
+        model: RewardModel,
+        ridge: RidgeHead | None = None,
+        *,
+        dtype: str = "float32",
+        batch_tokens: int = 16384,
+        max_length: int = 2048,
+        truncate: bool = False,
+        attention: str = "auto",
+        mesh: jax.sharding.Mesh | None = None,
+        workers: int = 4,
+    ):
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype {dtype!r}: expected {' or '.join(DTYPES)}")
+        self.artefact, self.truncate, self._dtype = artefact, truncate, dtype
+        self.names = tuple(objective.name for objective in artefact.manifest.objectives)
+        self.settings: dict[str, Any] = {"dtype": dtype, "max_length": max_length}
+        processing = Processing.from_folder(artefact.folder, artefact.manifest.contract)
+        hidden = artefact.hidden_size
+        self._packer = StreamPacker(
+            processing.prompter,
+            processing.reader,
+            processing.vision,
+            hidden=hidden,
+            batch_tokens=batch_tokens,
+            max_length=max_length,
+            cells=1 if mesh is None else batch_shards(mesh),
+            workers=workers,
+        )
+        heads = (np.zeros((0, hidden)), np.zeros(0)) if ridge is None else (ridge.coef_, ridge.intercept_)
+        shardings = None if mesh is None else (param_shardings(model, mesh), replicated(mesh), replicated(mesh))
+        self._weights = jax.device_put((model, *(np.asarray(head, np.float32) for head in heads)), shardings)
+        self._mesh = mesh
+        self._execution = Execution(dtype=dtype, attention=attention)
+        self._lock = threading.Lock()
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None, **options: Any
+    ) -> "Scorer":
+        """Loads an artefact, each device only what it will hold; `options` are those of the class.
+
+        Raises:
+          ArtefactError, WeightError: not an artefact, edited, damaged or incomplete; there is no random head.
+        """
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype {dtype!r}: expected {' or '.join(DTYPES)}")
+        shardings = None if mesh is None else lambda backbone: param_shardings(backbone, mesh)
+        loaded = Artefact.load(path, DTYPES[dtype], shardings=shardings)
+        return cls(*loaded, dtype=dtype, mesh=mesh, **options)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the artefact: contract, weights, heads, tokenizer and processor."""
+        return self.artefact.fingerprint
+
+    @property
+    def hidden_size(self) -> int:
+        """H of the backbone."""
+        return self.artefact.hidden_size
+
+    @property
+    def num_shapes(self) -> int:
+        """Batch shapes used so far; each was compiled once."""
+        return len(self._packer.book.shapes)
+
+    def score(
+        self,
+        *,
+        images: Sequence[Source | Sequence[Source]],
+        texts: Sequence[str],
+        requests: Sequence[str | None] | None = None,
+        batch_size: int | None = None,
+        show_progress: bool = False,
+        truncate: bool | None = None,
+    ) -> Scores:
+        """Scores pair by pair: images[i] with texts[i].
+
+        Args:
+          images: N paths, PIL images or arrays (uint8, or floats in [0, 1]; height, width, channels), or lists of them
+            where a text is about several.
+          texts: N texts.
+          requests: what each image was asked about, or None for the standard request.
+          batch_size: pairs a batch at most; None lets `batch_tokens` decide. Scores do not depend on it.
+          show_progress: draw a bar on standard error.
+          truncate: cut the tail of texts that are too long instead of giving them an error; the end of the turn, whose
+            last token is judged, stays.
+
+        Raises:
+          ValueError, TypeError: lists of different lengths, or of something else. What is wrong with a single pair
+            stands in its place in `errors`.
+        """
+        pairs = make_pairs(images, texts, requests)
+        found = self._run(pairs, False, batch_size, show_progress, truncate)
+        return Scores(
+            overall=scipy.special.expit(found.logits),
+            logits=found.logits,
+            objectives=found.objectives,
+            names=self.names,
+            n_tokens=found.n_tokens,
+            truncated=found.truncated,
+            errors=found.errors,
+        )
+
+    def embed(
+        self,
+        *,
+        images: Sequence[Source | Sequence[Source]],
+        texts: Sequence[str],
+        requests: Sequence[str | None] | None = None,
+        batch_size: int | None = None,
+        show_progress: bool = False,
+        truncate: bool | None = None,
+    ) -> Embeddings:
+        """Hidden states at the judged token, `values` float32[N, H]: features of stage 2. Arguments: see `score`."""
+        pairs = make_pairs(images, texts, requests)
+        found = self._run(pairs, True, batch_size, show_progress, truncate)
+        return Embeddings(found.embeddings, found.logits, found.n_tokens, found.truncated, found.errors)
+
+    def rank(self, *, text: str, images: Sequence[Source], request: str | None = None) -> Ranking:
+        """Orders images by how well one text fits them."""
+        scores = self.score(images=images, texts=[text] * len(images), requests=[request] * len(images))
+        return Ranking(np.argsort(-scores.overall, kind="stable"), scores)
+
+    def _run(
+        self, pairs: list[Pair], embeddings: bool, batch_size: int | None, show_progress: bool, truncate: bool | None
+    ) -> Results:
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size = {batch_size}: at least 1 pair")
+        results = Results.empty(len(pairs), len(self.names), self.artefact.hidden_size if embeddings else 0)
+        with self._lock, progress_bar(len(pairs), enabled=show_progress) as advance:
+            self._packer.truncate = self.truncate if truncate is None else truncate
+            pending: deque[tuple[np.ndarray, Any]] = deque()
+            for batch, index in read_ahead(self._batches(pairs, batch_size or WINDOW, results)):
+                pending.append((index, self._compute(batch, embeddings)))
+                if len(pending) > IN_FLIGHT:
+                    advance(results.collect(*pending.popleft()))
+            while pending:
+                advance(results.collect(*pending.popleft()))
+        results.refuse_non_finite(self._dtype)
+        return results
+
+    def _batches(
+        self, pairs: Sequence[Pair], window: int, results: Results
+    ) -> Iterator[tuple[PackedBatch, np.ndarray]]:
+        """Packed batches with the index int32[B, K] of the pair behind each of their texts, -1 for none."""
+        for start in range(0, len(pairs), window):
+            found = self._packer.window(pairs[start : start + window])
+            results.note(start, found)
+            for batch in found.batches:
+                yield batch, np.where(batch.record >= 0, batch.record + start, -1)
+
+    def _compute(self, batch: PackedBatch, embeddings: bool) -> Any:
+        """Starts a batch; the arrays that come back are not yet computed."""
+        placed = jax.device_put(batch) if self._mesh is None else shard_batch(batch, self._mesh)
+        return _forward(*self._weights, placed, execution=self._execution, keep_embeddings=embeddings)
+
+
+@functools.partial(jax.jit, static_argnames=("execution", "keep_embeddings"))
+def _forward(
+    model: RewardModel,
+    coef: jax.Array,
+    intercept: jax.Array,
+    batch: PackedBatch,
+    *,
+    execution: Execution,
+    keep_embeddings: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Logits float32[B, K], objectives float32[B, K, T], and hidden states float32[B, K, H] where they are wanted."""
+    hidden = model.embed(batch, execution)
+    objectives = jnp.einsum("bkh,th->bkt", hidden, coef, precision="highest") + intercept[None, None, :]
+    return model.head(hidden), objectives, hidden if keep_embeddings else None

@@ -1,0 +1,176 @@
+"""A stage-1 run from files to artefact: records -> packed datasets -> model on a mesh -> loop -> saved artefact."""
+
+import platform
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from rich.console import Console
+
+from multitap_jax import __version__
+from multitap_jax.config import ConfigError, TrainConfig, to_dict
+from multitap_jax.data.pipeline import PackedDataset, prepare
+from multitap_jax.data.processing import DEFAULT_POLICY, DEFAULT_POSITIONS, Contract, Processing
+from multitap_jax.data.records import (
+    Record,
+    Rejected,
+    check_rejected_share,
+    load_records,
+    split_by_group,
+    write_rejected,
+)
+from multitap_jax.parallel.mesh import make_mesh, param_shardings
+from multitap_jax.reward import RewardHead, RewardModel
+from multitap_jax.scoring.artefact import Artefact
+from multitap_jax.scoring.manifest import MANIFEST, Overall
+from multitap_jax.stage1.train import TrainResult, train
+from multitap_jax.stage1.trainable import add_lora, merge_lora
+from multitap_jax.weights.hub import load_backbone
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left: the loop's result, and the artefact once all steps are done."""
+
+    result: TrainResult
+    artefact: Artefact | None
+
+    @property
+    def exit_code(self) -> int:
+        """0 when finished, 143 when stopped by SIGTERM after saving."""
+        return 0 if self.artefact is not None else 128 + signal.SIGTERM
+
+
+def run_training(config: TrainConfig, workdir: str | Path) -> RunResult:
+    """Runs (or resumes) stage 1 in `workdir` and saves `workdir/artefact` at the end.
+
+    Raises:
+      ConfigError, RecordsError, WeightError, ImageError, ...: with what is wrong and what to do.
+    """
+    workdir, console = Path(workdir), Console(stderr=True)
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not config.model.checkpoint or not config.data.train:
+        missing = "model.checkpoint" if not config.model.checkpoint else "data.train"
+        raise ConfigError(f"config.{missing} is empty; give it as --config.{missing}=PATH")
+    base = Path(config.model.checkpoint)
+    mesh = make_mesh(config.mesh)
+    processing = Processing.from_folder(base, _contract(config, base))
+    rejected: list[Rejected] = []
+    train_records, held_out = _records(config, rejected)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    model = _model(config, base, mesh)
+    hidden = model.backbone.config.hidden_size
+    dataset = _dataset(config, processing, train_records, hidden, rejected, cells=shards * config.accumulation)
+    evaluation = (
+        _dataset(config, processing, held_out, hidden, rejected, cells=shards, held_out=True) if held_out else None
+    )
+    write_rejected(workdir / "rejected.jsonl", rejected)
+    console.print(
+        f"{len(train_records)} training and {len(held_out)} held-out pairs, {len(rejected)} rejected; "
+        f"{dataset.num_steps} steps of {config.batch_size} pairs as {dataset.shape}, one compiled shape, "
+        f"{dataset.efficiency:.0%} of its tokens used"
+    )
+    result = train(config, workdir, model, dataset, evaluation, mesh=mesh)
+    if not result.finished:
+        return RunResult(result, None)
+    artefact = Artefact.save(
+        workdir / "artefact",
+        merge_lora(result.model),
+        base=base,
+        contract=processing.contract,
+        overall=Overall(target=config.data.target, target_range=config.data.target_range),
+        source=base.name,
+        provenance=_provenance(config, dataset),
+        overwrite=True,
+    )
+    console.print(f"saved {artefact.folder}")
+    return RunResult(result, artefact)
+
+
+def _contract(config: TrainConfig, base: Path) -> Contract:
+    """The settings that the scores will depend on; "auto" takes the artefact's, else the defaults."""
+    saved = Artefact.open(base).manifest.contract if (base / MANIFEST).is_file() else None
+    positions, policy = config.model.position_mode, config.data.image_policy
+    return Contract(
+        prompt=config.data.prompt,
+        position_mode=positions if positions != "auto" else saved.position_mode if saved else DEFAULT_POSITIONS,
+        image_policy=policy if policy != "auto" else saved.image_policy if saved else DEFAULT_POLICY,
+    )
+
+
+def _records(config: TrainConfig, rejected: list[Rejected]) -> tuple[list[Record], list[Record]]:
+    def load(path: str) -> list[Record]:
+        found = load_records(
+            path,
+            allow_outside_root=config.data.allow_outside_root,
+            max_rejected=config.data.max_rejected,
+            require=config.data.target,
+        )
+        rejected.extend(found.rejected)
+        return list(found.records)
+
+    records = load(config.data.train)
+    if config.data.evaluation:
+        return records, load(config.data.evaluation)
+    if config.data.holdout <= 0:
+        return records, []
+    return split_by_group(records, config.data.holdout, config.seed)
+
+
+def _dataset(
+    config: TrainConfig,
+    processing: Processing,
+    records: list[Record],
+    hidden: int,
+    rejected: list[Rejected],
+    *,
+    cells: int,
+    held_out: bool = False,
+) -> PackedDataset:
+    prepared = prepare(
+        records,
+        processing.prompter,
+        processing.reader,
+        processing.vision,
+        target=config.data.target,
+        target_range=config.data.target_range,
+    )
+    rejected.extend(prepared.rejected)
+    source = (config.data.evaluation if held_out else "") or config.data.train
+    check_rejected_share(Path(source), len(prepared.examples), prepared.rejected, config.data.max_rejected)
+    return PackedDataset(
+        prepared,
+        processing.reader,
+        processing.vision,
+        hidden=hidden,
+        batch_size=max(config.batch_size // config.accumulation, 1) if held_out else config.batch_size,
+        epochs=1 if held_out else config.epochs,
+        seed=config.seed,
+        shuffle="none" if held_out else config.data.shuffle,
+        row_length=config.data.row_length,
+        cells=cells,
+    )
+
+
+def _model(config: TrainConfig, base: Path, mesh: jax.sharding.Mesh) -> RewardModel:
+    """Backbone and head on the mesh: an artefact keeps its trained head, a plain model gets a new one."""
+    if (base / MANIFEST).is_file():
+        _, model, _ = Artefact.load(base)
+    else:
+        backbone = load_backbone(base)
+        model = RewardModel(backbone, RewardHead(backbone.config.hidden_size, rngs=nnx.Rngs(config.seed)))
+    if config.trainable.parts == "lora":
+        add_lora(model, config.trainable, nnx.Rngs(config.seed + 1))
+    return jax.device_put(model, param_shardings(model, mesh))
+
+
+def _provenance(config: TrainConfig, dataset: PackedDataset) -> dict[str, Any]:
+    return {
+        "config": to_dict(config),
+        "data": dataset.fingerprint,
+        "steps": dataset.num_steps,
+        "versions": {"multitap_jax": __version__, "jax": jax.__version__, "python": platform.python_version()},
+    }

@@ -1,0 +1,180 @@
+"""One training step and one evaluation step, each one compiled program.
+
+Rows of a batch are looked at as [shards, micro-batches, rows of a cell]: a cell is what one device shard holds of one
+micro-batch, and the packer fills each cell with its own rows of text and of vision. So micro-batches are cut without
+moving a byte between devices, and the model is mapped over shards (`jax.vmap`), which keeps the look-up of image
+features inside of a shard instead of gathering all features everywhere.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from multitap_jax.backbones import Execution
+from multitap_jax.batch import PackedBatch
+from multitap_jax.config import ConfigError
+from multitap_jax.parallel.mesh import BATCH_AXES, batch_sharding, batch_shards, param_shardings, replicated
+from multitap_jax.stage1.objective import squared_error
+from multitap_jax.stage1.optimizer import state_shardings
+from multitap_jax.stage1.trainable import Partition
+
+Metrics = dict[str, jax.Array]
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("step", "trainable", "opt_state"), meta_fields=())
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a step changes: int32[] finished steps, float32 master weights of what learns, the optimizer's state."""
+
+    step: jax.Array
+    trainable: nnx.State
+    opt_state: Any
+
+
+def abstract_state(partition: Partition, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes, types and placement of a run's state, as `jax.ShapeDtypeStruct`s: what a checkpoint is restored onto."""
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), partition.trainable)
+    placed = param_shardings(partition.trainable, mesh)
+    opt_state, opt_placed = state_shardings(optimizer, params, placed, replicated(mesh))
+    shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state)
+    shardings = TrainState(replicated(mesh), placed, opt_placed)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def init_state(partition: Partition, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The state before the first step, placed on the mesh; copies, so that the partition outlives donation."""
+
+    def build(trainable: nnx.State) -> TrainState:
+        params = jax.tree.map(lambda x: x.astype(jnp.float32), trainable)
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(partition, optimizer, mesh))
+    trainable = jax.device_put(partition.trainable, shardings.trainable)
+    return jax.jit(build, out_shardings=shardings)(trainable)
+
+
+def split_cells(batch: PackedBatch, shards: int, micro: int, merge_size: int) -> PackedBatch:
+    """[rows, ...] -> [micro, shards, rows / (shards * micro), ...]; `image_cell` counts from the start of its cell.
+
+    Raises:
+      ConfigError: rows or vision rows do not divide.
+    """
+    for name, size in (("rows", batch.tokens.shape[0]), ("vision rows", batch.patches.shape[0])):
+        if size % (shards * micro):
+            raise ConfigError(
+                f"a batch of {size} {name} cannot be cut into {shards} shards x {micro} micro-batches "
+                "(config.accumulation); build the dataset with that many cells"
+            )
+
+    def cut(x: Any) -> jax.Array:
+        x = jnp.asarray(x)
+        return jnp.moveaxis(x.reshape(shards, micro, x.shape[0] // (shards * micro), *x.shape[1:]), 1, 0)
+
+    out = PackedBatch(*map(cut, batch))
+    rows, patches = out.patches.shape[2:4]
+    features = rows * (patches // merge_size**2)
+    number = jnp.arange(shards, dtype=jnp.int32)[None, :] * micro + jnp.arange(micro, dtype=jnp.int32)[:, None]
+    first = features * number
+    local = out.image_cell - first[:, :, None, None]
+    return out._replace(image_cell=jnp.where(out.image_cell >= 0, local, -1))
+
+
+def join_cells(x: jax.Array) -> jax.Array:
+    """[micro, shards, rows, ...] -> [all rows, ...] in the order of the batch."""
+    return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[3:])
+
+
+def forward(model: Any, cell: PackedBatch, execution: Execution) -> jax.Array:
+    """Logits float32[shards, rows, K] of one micro-batch [shards, rows, ...]."""
+    run = lambda part: model(part, execution)
+    return jax.vmap(run, spmd_axis_name=BATCH_AXES)(cell)
+
+
+def make_train_step(
+    partition: Partition,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    execution: Execution,
+    mesh: Mesh,
+    *,
+    accumulation: int = 1,
+) -> Callable[[TrainState, nnx.State, PackedBatch], tuple[TrainState, Metrics]]:
+    """Compiles `step(state, frozen, batch) -> (state, metrics)`; the given state is donated.
+
+    The gradient is that of the mean over all pairs of the step, whatever the number of micro-batches and devices. Where
+    loss or gradient are not finite the state is returned as it was, so a state is always a good one.
+
+    Metrics, on every device: `loss`, `grad_norm` (before clipping), `lr`, `mean_score`, `pairs`, float32[];
+    `finite`, bool[]; `bad`, bool[B, K]: pairs whose logit is not finite.
+    """
+    shards = batch_shards(mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(partition, optimizer, mesh))
+
+    def loss(trainable: nnx.State, frozen: nnx.State, cell: PackedBatch) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        logits = forward(nnx.merge(partition.graph, trainable, frozen), cell, execution)
+        total, count = squared_error(logits, cell.target, cell.weight)
+        return total, (total, count, logits)
+
+    def accumulate(trainable: nnx.State, frozen: nnx.State, cells: PackedBatch) -> tuple[Any, Any, Any, jax.Array]:
+        gradient = jax.grad(loss, has_aux=True)
+        if accumulation == 1:  # no second copy of the gradients
+            grads, (total, count, logits) = gradient(trainable, frozen, jax.tree.map(lambda x: x[0], cells))
+            return grads, total, count, logits[None]
+
+        def add(sums, cell):
+            grads, (total, count, logits) = gradient(trainable, frozen, cell)
+            return jax.tree.map(jnp.add, sums, (grads, total, count)), logits
+
+        zero = (jax.tree.map(jnp.zeros_like, trainable), jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
+        (grads, total, count), logits = jax.lax.scan(add, zero, cells)
+        return grads, total, count, logits
+
+    def step(state: TrainState, frozen: nnx.State, batch: PackedBatch) -> tuple[TrainState, Metrics]:
+        cells = split_cells(batch, shards, accumulation, partition.merge_size)
+        grads, total, count, logits = accumulate(state.trainable, frozen, cells)
+        pairs = jnp.maximum(count, 1.0)
+        grads = jax.tree.map(lambda g: g / pairs, grads)
+        norm, mean = optax.global_norm(grads), total / pairs
+        finite = jnp.isfinite(mean) & jnp.isfinite(norm)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        new = TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), opt_state)
+        logits = join_cells(logits)
+        counted = batch.weight > 0
+        scores = jnp.where(counted, jax.nn.sigmoid(logits), 0.0)
+        metrics = {
+            "loss": mean,
+            "grad_norm": norm,
+            "lr": jnp.asarray(schedule(state.step), jnp.float32),
+            "mean_score": jnp.sum(scores) / pairs,
+            "pairs": count,
+            "finite": finite,
+            "bad": counted & ~jnp.isfinite(logits),
+        }
+        return jax.tree.map(lambda kept, put: jnp.where(finite, put, kept), state, new), metrics
+
+    return jax.jit(
+        step,
+        in_shardings=(shardings, None, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def make_eval_step(
+    partition: Partition, execution: Execution, mesh: Mesh
+) -> Callable[[nnx.State, nnx.State, PackedBatch], jax.Array]:
+    """Compiles `step(trainable, frozen, batch) -> logits float32[B, K]`, on every device."""
+    shards = batch_shards(mesh)
+
+    def step(trainable: nnx.State, frozen: nnx.State, batch: PackedBatch) -> jax.Array:
+        cells = jax.tree.map(lambda x: x[0], split_cells(batch, shards, 1, partition.merge_size))
+        return join_cells(forward(nnx.merge(partition.graph, trainable, frozen), cells, execution)[None])
+
+    return jax.jit(step, out_shardings=replicated(mesh))

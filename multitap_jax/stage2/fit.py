@@ -1,0 +1,100 @@
+"""Fits ridge heads for all objectives and saves them in an artefact."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from multitap_jax.data.records import check_rejected_share, iter_records
+from multitap_jax.data.tables import find_records_file
+from multitap_jax.scoring.artefact import Artefact
+from multitap_jax.scoring.manifest import Objective
+from multitap_jax.scoring.progress import progress_bar
+from multitap_jax.scoring.scorer import Scorer
+from multitap_jax.stage2.embed import embed_stream, scan
+from multitap_jax.stage2.head import RidgeHead
+from multitap_jax.stage2.store import EmbeddingStore
+
+
+class Ranges:
+    """Lowest and highest rating of each objective, collected while ratings stream by."""
+
+    def __init__(self, names: Sequence[str]):
+        self.names = tuple(names)
+        self._low = np.full(len(names), np.inf)
+        self._high = np.full(len(names), -np.inf)
+
+    def update(self, labels: np.ndarray) -> None:
+        """Takes in ratings float32[n, T]; NaN is missing."""
+        self._low = np.fmin(self._low, np.fmin.reduce(labels, axis=0, initial=np.inf))
+        self._high = np.fmax(self._high, np.fmax.reduce(labels, axis=0, initial=-np.inf))
+
+    def objectives(self, head: RidgeHead) -> list[Objective]:
+        """The objectives as the artefact describes them."""
+        scores = [None if np.isnan(r2) else float(r2) for r2 in head.r2_]
+        rows = zip(self.names, self._low, self._high, head.alpha_, scores, strict=True)
+        return [
+            Objective(name, (float(low), float(high)), alpha=float(alpha), cv_score=score)
+            for name, low, high, alpha, score in rows
+        ]
+
+
+def make_head(alphas: Sequence[str | float], cv: str | int, selection: str) -> RidgeHead:
+    """A ridge head from settings as they come from flags."""
+    values: str | list[float] = [float(a) for a in alphas] if alphas else "auto"
+    return RidgeHead(alphas=values, cv=cv if cv == "gcv" else int(cv), selection=selection)
+
+
+def fit_store(head: RidgeHead, embeddings: str | Path, checkpoint: str | Path) -> Artefact:
+    """Fits `head` to the embeddings of a store and saves it in the artefact `checkpoint`.
+
+    Raises:
+      StoreError: unreadable, unfinished, without ratings, or embeddings of another model.
+    """
+    artefact, store = Artefact.open(checkpoint), EmbeddingStore(embeddings)
+    if store.model_hash != artefact.model_hash:
+        raise ValueError(
+            f"{embeddings}: these are embeddings of another model (hash {store.model_hash[:12]}) than {checkpoint} "
+            f"({artefact.model_hash[:12]}); embed again with this checkpoint"
+        )
+    ranges = Ranges(store.objectives)
+    for _, labels, _ in store.batches():
+        ranges.update(labels)
+    head.fit_store(store)
+    return _save(head, artefact, ranges)
+
+
+def fit_records(
+    head: RidgeHead,
+    scorer: Scorer,
+    path: str | Path,
+    *,
+    max_rejected: float = 0.01,
+    allow_outside_root: bool = False,
+    show_progress: bool = True,
+) -> Artefact:
+    """Embeds the records of a file and fits `head` to them on the way; saves it in the scorer's artefact."""
+    file = find_records_file(path)
+    lines, names = scan(file, allow_outside_root=allow_outside_root)
+    ranges, rejected, rows = Ranges(names), [], 0
+
+    def parts(advance):
+        nonlocal rows
+        for part in embed_stream(scorer, iter_records(file, allow_outside_root=allow_outside_root), names):
+            advance(len(part.ids) + len(part.rejected))
+            rejected.extend(part.rejected)
+            rows += len(part.ids)
+            ranges.update(part.labels)
+            yield part.embeddings, part.labels, part.groups
+
+    with progress_bar(lines, enabled=show_progress) as advance:
+        head.fit_stream(parts(advance), objective_names=names)
+    check_rejected_share(file, rows, rejected, max_rejected)
+    return _save(head, scorer.artefact, ranges)
+
+
+def _save(head: RidgeHead, artefact: Artefact, ranges: Ranges) -> Artefact:
+    saved = artefact.add_ridge(head, ranges.objectives(head))
+    Console().print(head.summary())
+    return saved

@@ -1,0 +1,118 @@
+"""Every attention backend against a loop over queries and keys, the mask rule spelled out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from multitap_jax.backbones import attention as module
+from multitap_jax.backbones.attention import UnsupportedAttentionError, attention, make_visibility
+
+SEGMENT = np.array([[1, 1, 1, 2, 2, 3, 3, 3, 4, 4, 5, 0, 0], [1, 1, 2, 2, 2, 2, 2, 3, 0, 0, 0, 0, 0]], np.int32)
+PREFIX = np.array([[1, 1, 1, 1, 1, 1, 1, 1, 4, 4, 4, 0, 0], [1, 1, 1, 1, 1, 1, 1, 3, 0, 0, 0, 0, 0]], np.int32)
+
+QUICK = {"xla_backend_optimization_level": 0}  # compiling is most of the time here
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(module, "BLOCK", 4)
+
+
+def inputs(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    make = lambda heads: rng.normal(size=(*SEGMENT.shape, heads, 8)).astype(np.float32)
+    return make(6), make(2), make(2)
+
+
+def slow(q, k, v, causal: bool) -> np.ndarray:
+    """float64, one query and one head at a time; zeros where nothing is seen."""
+    out = np.zeros(q.shape)
+    rows, length, heads, dim = q.shape
+    for b, s, a in np.ndindex(rows, length, heads):
+        group = a // (heads // k.shape[2])
+        seen = [
+            t
+            for t in range(length)
+            if SEGMENT[b, s] > 0 and SEGMENT[b, t] in (SEGMENT[b, s], PREFIX[b, s]) and (t <= s or not causal)
+        ]
+        if seen:
+            scores = np.array([q[b, s, a].astype(np.float64) @ k[b, t, group] for t in seen]) / dim**0.5
+            weights = np.exp(scores - scores.max())
+            out[b, s, a] = (weights / weights.sum()) @ v[b, seen, group]
+    return out
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("backend", module.BACKENDS)
+def test_backend_equals_the_slow_loop(backend, causal):
+    q, k, v = inputs()
+    got = attention(*map(jnp.asarray, (q, k, v)), make_visibility(SEGMENT, PREFIX, causal=causal, backend=backend))
+    real = SEGMENT > 0
+    np.testing.assert_allclose(np.asarray(got)[real], slow(q, k, v, causal)[real], atol=2e-6, rtol=0)
+    assert np.isfinite(got).all()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("backend", sorted(set(module.BACKENDS) - {"dense"}))
+def test_gradients_agree_and_padding_gives_none(monkeypatch, backend, causal):
+    monkeypatch.setattr(module, "CHUNK", 4)
+    q, k, v = inputs(1)
+    weight = jnp.asarray(
+        np.random.default_rng(2).normal(size=q.shape).astype(np.float32) * (SEGMENT > 0)[..., None, None]
+    )
+
+    def gradients(backend):
+        visibility = make_visibility(jnp.asarray(SEGMENT), jnp.asarray(PREFIX), causal=causal, backend=backend)
+        loss = lambda q, k, v: (attention(q, k, v, visibility) * weight).sum()
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)), compiler_options=QUICK)(q, k, v)
+
+    for dense, other in zip(gradients("dense"), gradients(backend), strict=True):
+        np.testing.assert_allclose(other, dense, atol=5e-6, rtol=0)
+        for gradient in (dense, other):
+            assert np.isfinite(gradient).all()
+            assert not np.asarray(gradient)[SEGMENT == 0].any()
+
+
+def test_unseen_keys_do_not_leak():
+    """What stands at positions a query may not see, even huge values, changes nothing."""
+    q, k, v = inputs(3)
+    for backend in module.BACKENDS:
+        visibility = make_visibility(SEGMENT, PREFIX, causal=True, backend=backend)
+        run = lambda k, v, visibility=visibility: np.asarray(attention(*map(jnp.asarray, (q, k, v)), visibility))
+        before = run(k, v)
+        loud_k, loud_v = k.copy(), v.copy()
+        loud_k[0, 5:8], loud_v[0, 5:8] = 1e4, 1e4  # segment 3, seen by itself alone
+        after, others = run(loud_k, loud_v), (SEGMENT[0] != 3) & (SEGMENT[0] > 0)
+        np.testing.assert_array_equal(before[0, others], after[0, others])
+
+
+def test_blockwise_memory_is_linear_in_length(monkeypatch):
+    monkeypatch.setattr(module, "BLOCK", 128)
+
+    def temporary_bytes(length: int) -> int:
+        ids, x = jnp.ones((1, length), jnp.int32), jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)
+        visible = lambda: make_visibility(ids, causal=True, backend="blockwise")
+        loss = lambda q, k, v: attention(q, k, v, visible()).sum()
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2)), compiler_options=QUICK).lower(x, x, x).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    short, long = temporary_bytes(2048), temporary_bytes(8192)
+    assert long < 4.2 * short
+    assert long < 8192**2 * 2 * 4 / 8  # an eighth of one dense float32 score matrix
+
+
+def test_bfloat16_stays_near_float32():
+    q, k, v = inputs(4)
+    for backend in module.BACKENDS:
+        visibility = make_visibility(SEGMENT, PREFIX, causal=True, backend=backend)
+        short = attention(*(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)), visibility)
+        assert short.dtype == jnp.bfloat16
+        real = SEGMENT > 0
+        exact = slow(q, k, v, True)[real]
+        np.testing.assert_allclose(np.asarray(short, np.float32)[real], exact, atol=0.05, rtol=0)
+
+
+def test_an_unknown_backend_is_refused_by_name():
+    with pytest.raises(UnsupportedAttentionError, match="'flash' is no backend; known: auto, blockwise, chunked, dense"):
+        make_visibility(SEGMENT, causal=True, backend="flash")

@@ -1,0 +1,66 @@
+"""Configurations in both layouts, and sentences for those that cannot be used."""
+
+import pytest
+from flax import nnx
+from tiny_qwen2_vl import tiny_config
+
+from multitap_jax.backbones import Qwen2VLConfig, UnsupportedModelError, from_config
+from multitap_jax.config import ConfigError
+
+
+def test_both_layouts_give_the_same_configuration():
+    """The nested layout is the one that transformers itself writes from the flat one."""
+    import transformers
+
+    for changes in ({}, {"tie_word_embeddings": True}):
+        flat = tiny_config(**changes)
+        nested = transformers.Qwen2VLConfig(**tiny_config(**changes)).to_dict()
+        assert "hidden_size" not in nested
+        assert Qwen2VLConfig.from_hf(nested) == Qwen2VLConfig.from_hf(flat)
+        assert Qwen2VLConfig.from_hf(flat).tie_word_embeddings == bool(changes)
+
+
+def test_a_nested_tie_from_before_transformers_5_counts():
+    config = tiny_config()
+    del config["tie_word_embeddings"]
+    config["text_config"] = {**config, "tie_word_embeddings": True}
+    assert Qwen2VLConfig.from_hf(config).tie_word_embeddings
+
+
+def test_derived_sizes():
+    config = Qwen2VLConfig.from_hf(tiny_config())
+    assert (config.head_dim, config.vision_head_dim, config.patch_features) == (16, 16, 588)
+    assert config.vision_intermediate_size == 64
+    assert hash(config) == hash(Qwen2VLConfig.from_hf(tiny_config()))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"hidden_size": 66}, "hidden_size = 66 must be divisible by num_attention_heads = 4"),
+        ({"num_key_value_heads": 3}, "num_attention_heads = 4 must be divisible by num_key_value_heads = 3"),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 2]}}, "must add up to half the head size 16"),
+        ({"rope_scaling": None}, "mrope_section is missing"),
+        ({"rope_scaling": {"type": "yarn", "mrope_section": [2, 3, 3]}}, "rope type 'yarn' is not implemented"),
+        ({"use_sliding_window": True}, "use_sliding_window = true is not implemented"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not implemented"),
+        ({"vision_num_heads": 16}, "embed_dim = 32 must be divisible by 4"),
+        ({"num_hidden_layers": 0}, "num_layers = 0 must be positive"),
+        ({"model_type": "qwen2"}, "model_type = 'qwen2': expected 'qwen2_vl'"),
+    ],
+)
+def test_what_cannot_be_used_is_said(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        Qwen2VLConfig.from_hf(tiny_config(**changes))
+
+
+@pytest.mark.parametrize("statistics", [{"image_mean": [0.5]}, {"image_std": [1.0, 1.0, 0.0]}])
+def test_pixel_statistics_are_checked(statistics):
+    with pytest.raises(ConfigError, match="image_"):
+        Qwen2VLConfig.from_hf(tiny_config(), statistics)
+
+
+@pytest.mark.parametrize("config", [{}, {"model_type": "mllama"}])
+def test_another_family_is_refused_with_the_known_ones(config):
+    with pytest.raises(UnsupportedModelError, match="is not supported; supported: qwen2_vl"):
+        from_config(config, rngs=nnx.Rngs(0))

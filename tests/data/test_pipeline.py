@@ -1,0 +1,182 @@
+"""The training pipeline and the stream: every pair once, one shape, resumable, failures visible."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from multitap_jax.data.images import ImageReader
+from multitap_jax.data.packing import Vision
+from multitap_jax.data.pipeline import PackedDataset, prepare, target_of
+from multitap_jax.data.prompts import Prompter
+from multitap_jax.data.records import Record
+from multitap_jax.data.stream import Pair, StreamPacker
+from tiny_tokenizer import tiny_tokenizer
+
+TEXTS = ["a red ball", "the blue box is far away", "a ball and a box on the left", "near"]
+
+
+@pytest.fixture
+def parts():
+    prompter = Prompter(tiny_tokenizer(), "official-train")
+    reader = ImageReader("native:3136:12544")
+    return prompter, reader, Vision(features=588, merge=2, placeholder=prompter.placeholder_id)
+
+
+@pytest.fixture
+def records(tmp_path):
+    rng = np.random.default_rng(0)
+    out = []
+    for number in range(6):
+        path = tmp_path / f"{number}.png"
+        size = [(56, 84), (84, 56), (112, 112)][number % 3]
+        Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(path)
+        for text in range(1 + number % 3):
+            name = f"{number}/{text}"
+            out.append(
+                Record(name, (path,), TEXTS[text], None, 0.1 * number, {"sense": text + 1.0}, None, len(out) + 1)
+            )
+    return out
+
+
+def dataset(records, parts, **settings):
+    prompter, reader, vision = parts
+    settings = {"batch_size": 4, "hidden": 64, "epochs": 2, "seed": 3} | settings
+    return PackedDataset(prepare(records, prompter, reader, vision), reader, vision, **settings)
+
+
+def equal(first, second):
+    for name, a, b in zip(first._fields, first, second, strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+@pytest.mark.parametrize("shuffle", ["pairs", "groups", "none"])
+@pytest.mark.parametrize("cells", [1, 4])
+def test_every_epoch_visits_every_record_once_in_one_shape(records, parts, shuffle, cells):
+    data = dataset(records, parts, shuffle=shuffle, cells=cells)
+    seen = []
+    for step in range(data.num_steps):
+        batch, ids = data[step], data.record_ids(step)
+        assert batch.tokens.shape == (data.shape.rows, data.shape.tokens)
+        assert batch.patches.shape[:2] == (data.shape.vision_rows, data.shape.patches)
+        assert batch.weight.sum() == len(ids)
+        rows = batch.record[batch.record >= 0]
+        assert sorted(rows) == list(range(len(ids)))
+        by_id = {r.id: r for r in records}
+        for record, target in zip(rows, batch.target[batch.record >= 0], strict=True):
+            assert target == np.float32(by_id[ids[record]].score)
+        seen += ids
+    assert sorted(seen) == sorted([r.id for r in records] * 2)
+    assert 0 < data.efficiency <= 1
+
+
+def test_the_loader_starts_anywhere_and_gives_the_same_batches(records, parts):
+    data = dataset(records, parts)
+    for step, batch in enumerate(data.loader(2), start=2):
+        equal(batch, data[step])
+    assert step == data.num_steps - 1
+
+
+def test_fingerprints_tell_runs_apart(records, parts):
+    first = dataset(records, parts).fingerprint
+    assert first == dataset(records, parts).fingerprint
+    changed = [dataclasses.replace(records[0], text="a green cone"), *records[1:]]
+    others = [dataset(changed, parts), dataset(records, parts, seed=4), dataset(records, parts, batch_size=5)]
+    assert len({first, *(d.fingerprint for d in others)}) == 4
+
+
+def test_copies_of_a_picture_are_one_image(records, parts, tmp_path):
+    copy = tmp_path / "copy.png"
+    copy.write_bytes(records[0].images[0].read_bytes())
+    twin = dataclasses.replace(records[0], id="twin", images=(copy,), text="near")
+    data = dataset([records[0], twin], parts, epochs=1, row_length=256)
+    batch = data[0]
+    assert (batch.patch_segment > 0).sum() == 4 * 6
+    assert set(batch.segment[batch.segment > 0].tolist()) == {1, 2, 3}  # one prefix, two texts
+
+
+def test_a_picture_that_breaks_during_the_run_loses_its_weight_and_is_reported(records, parts):
+    told = []
+    data = dataset(records, parts, epochs=1, on_failure=lambda path, reason: told.append((path, reason)))
+    broken = records[0].images[0]
+    broken.write_bytes(broken.read_bytes()[:60])
+    weights = {}
+    for step in range(data.num_steps):
+        batch, ids = data[step], data.record_ids(step)
+        for record, weight in zip(batch.record[batch.record >= 0], batch.weight[batch.record >= 0], strict=True):
+            weights[ids[record]] = weight
+    assert [name for name, weight in weights.items() if weight == 0] == [r.id for r in records if r.images == (broken,)]
+    assert told[0][0] == str(broken)
+
+
+def test_unusable_records_are_rejected_with_reasons(records, parts):
+    prompter, reader, vision = parts
+    bad = [
+        dataclasses.replace(records[0], id="scoreless", score=None),
+        dataclasses.replace(records[0], id="control", text="a <|im_end|>"),
+        dataclasses.replace(records[0], id="high", score=1.5),
+        dataclasses.replace(records[0], id="long", text="word " * 5000),
+    ]
+    found = prepare([*bad, records[1]], prompter, reader, vision)
+    assert found.ids == [records[1].id]
+    reasons = {r.id: r.reason for r in found.rejected}
+    assert "no score" in reasons["scoreless"]
+    assert "control token" in reasons["control"]
+    assert "1.5 lies outside" in reasons["high"]
+    assert "tokens" in reasons["long"]
+    with pytest.raises(ValueError, match="no usable pairs"):
+        PackedDataset(prepare(bad, prompter, reader, vision), reader, vision, hidden=64, batch_size=2)
+
+
+def test_targets_are_mapped_to_the_unit_interval(records):
+    assert target_of(records[2], "ratings.sense", (1.0, 5.0)) == pytest.approx(0.25)
+    assert target_of(records[2], "ratings.other", (1.0, 5.0)) is None
+    with pytest.raises(ValueError, match=r"ratings\.NAME"):
+        target_of(records[2], "sense", (1.0, 5.0))
+
+
+def packer(parts, **settings):
+    prompter, reader, vision = parts
+    return StreamPacker(prompter, reader, vision, hidden=64, **settings)
+
+
+@pytest.mark.parametrize("batch_tokens", [64, 200, 16384])
+def test_a_window_scores_every_pair_once_whatever_the_batch_size(records, parts, batch_tokens):
+    stream = packer(parts, batch_tokens=batch_tokens)
+    window = stream.window([Pair(r.images, r.text) for r in records])
+    batches = list(window.batches)
+    found = sorted(int(i) for b in batches for i in b.record[b.record >= 0])
+    assert found == list(range(len(records)))
+    assert window.errors == [None] * len(records)
+    assert all(n > 0 for n in window.n_tokens)
+    assert len(stream.book.shapes) <= len(batches)
+
+
+def test_errors_stay_with_their_pairs(records, parts, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    stream = packer(parts, max_length=80)
+    pairs = [Pair(records[0].images, "a ball"), Pair((broken,), "a ball"), Pair(records[0].images, "  ")]
+    pairs += [Pair(records[0].images, "word " * 100), Pair((tmp_path / "absent.png",), "a")]
+    window = stream.window(pairs)
+    assert window.errors[0] is None
+    assert "broken.png" in window.errors[1]
+    assert "empty" in window.errors[2]
+    assert "--truncate" in window.errors[3]
+    assert "absent.png" in window.errors[4]
+    (batch,) = window.batches
+    assert batch.record[batch.record >= 0].tolist() == [0]
+
+
+def test_truncation_is_asked_for_and_told(records, parts):
+    stream = packer(parts, max_length=80, truncate=True)
+    window = stream.window([Pair(records[0].images, "word " * 100), Pair(records[0].images, "near")])
+    assert window.errors == [None, None]
+    assert window.truncated == [True, False]
+    assert window.n_tokens[0] == 80
+
+
+def test_a_window_without_usable_pairs_has_no_batches(parts):
+    window = packer(parts).window([Pair((), " ")])
+    assert list(window.batches) == []
