@@ -21,7 +21,7 @@ from multitap_jax.backbones import from_config
 from multitap_jax.weights.hub import save_backbone
 
 IMAGE_SIZE = 84
-"""Edge in pixels to which the image processor brings the pictures: 6 x 6 patches of 14, 9 image tokens after merging."""
+"""Edge in pixels to which the image processor brings pictures: 6 x 6 patches of 14 pixels, 9 image tokens."""
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -162,8 +162,8 @@ def model_config(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
 def spread_weights(model: nnx.Module) -> None:
     """Rescales fresh weights in place for a model this narrow.
 
-    The usual deviation of 0.02 suits a width near 2,500. At a width of 64 it leaves attention flat and the signal of the
-    picture too weak to find in a few minutes, so kernels get 1 / sqrt(inputs) and token embeddings 0.1.
+    The usual deviation of 0.02 suits a width near 2,500. At a width of 64 it leaves attention flat and what the
+    picture says too faint to be found in a few minutes: kernels get 1 / sqrt(inputs), token embeddings 0.1.
     """
     for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         value = param[...]

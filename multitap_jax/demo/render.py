@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from multitap_jax.demo.scenes import COLOURS, SIDES, Scene, Thing, draw_scene, scene_rng
+from multitap_jax.demo.scenes import COLOURS, Scene, Thing, draw_scene, scene_rng
 
 SIZE = 168
 """Width and height of a picture in pixels: a multiple of 28, the edge of a merged vision cell."""

@@ -174,13 +174,16 @@ def _card(example: Example) -> str:
     kind = "jpeg" if Path(example.image).suffix.lower() in (".jpg", ".jpeg") else "png"
     lines = []
     for text, human, predicted in sorted(example.texts, key=lambda row: -row[1]):
-        bars = "".join(
-            f"<span class=score><i>{who}</i><span class=track><span class={who} style='width:{100 * min(max(v, 0), 1):.0f}%'>"
-            f"</span></span><b>{v:.2f}</b></span>"
-            for who, v in (("human", human), ("model", predicted))
-        )
-        lines.append(f"<li><p>{_text(text)}</p>{bars}</li>")
-    return f'<article><img src="data:image/{kind};base64,{source}" alt="A street scene"><ul>{"".join(lines)}</ul></article>'
+        lines.append(f"<li><p>{_text(text)}</p>{_score('human', human)}{_score('model', predicted)}</li>")
+    picture = f'<img src="data:image/{kind};base64,{source}" alt="A street scene">'
+    return f"<article>{picture}<ul>{''.join(lines)}</ul></article>"
+
+
+def _score(who: str, value: float) -> str:
+    """A labelled bar for a score in [0, 1]."""
+    width = 100 * min(max(value, 0.0), 1.0)
+    bar = f"<span class=track><span class={who} style='width:{width:.0f}%'></span></span>"
+    return f"<span class=score><i>{who}</i>{bar}<b>{value:.2f}</b></span>"
 
 
 _INK, _SOFT, _BLUE, _ORANGE = "#23272f", "#8a919c", "#2f6db5", "#d97b29"
@@ -270,7 +273,8 @@ _STYLE = """
 @media (prefers-color-scheme:dark){
 :root{--ink:#e8eaed;--soft:#a2aab6;--line:#343a44;--ground:#15181d;--card:#1d2128;--human:#e89a55;--model:#6aa5ea}}
 *{box-sizing:border-box}
-body{margin:0;background:var(--ground);color:var(--ink);font:16px/1.55 system-ui,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
+body{margin:0;background:var(--ground);color:var(--ink);
+font:16px/1.55 system-ui,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
 main{max-width:1120px;margin:0 auto;padding:56px 32px 96px}
 h1{font-size:40px;line-height:1.15;letter-spacing:-.02em;margin:.1em 0 .3em}
 h2{font-size:20px;letter-spacing:-.01em;margin:52px 0 14px}

@@ -21,7 +21,7 @@ COLOURS = {
     "purple": (150, 40, 196),
 }
 NUMBER_SHARES = {1: 0.3, 2: 0.5, 3: 0.2}
-"""How often a scene holds one, two or three things; `texts.py` relies on the two outer shares adding up to the middle."""
+"""How often a scene holds one, two or three things; `texts.py` relies on the outer two adding up to the middle."""
 PAIR_SHARE = 0.2
 """Share of groups that are two objects of a kind side by side."""
 
