@@ -25,8 +25,6 @@ import jax
 import numpy as np
 import torch
 from flax import nnx
-from multitap_jax.demo.checkpoint import train_tokenizer
-from multitap_jax.reward import RewardHead, RewardModel
 from PIL import Image
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
@@ -35,6 +33,8 @@ from multitap_jax.data.images import ImageReader
 from multitap_jax.data.packing import Vision
 from multitap_jax.data.prompts import Encoded, Prompter
 from multitap_jax.data.stream import Pair, StreamPacker
+from multitap_jax.demo.checkpoint import train_tokenizer
+from multitap_jax.reward import RewardHead, RewardModel
 from multitap_jax.weights.hub import load_backbone
 
 SIDE = 560

@@ -114,5 +114,7 @@ def test_bfloat16_stays_near_float32():
 
 
 def test_an_unknown_backend_is_refused_by_name():
-    with pytest.raises(UnsupportedAttentionError, match="'flash' is no backend; known: auto, blockwise, chunked, dense"):
+    with pytest.raises(
+        UnsupportedAttentionError, match="'flash' is no backend; known: auto, blockwise, chunked, dense"
+    ):
         make_visibility(SEGMENT, causal=True, backend="flash")
