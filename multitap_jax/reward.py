@@ -13,7 +13,7 @@ class RewardHead(nnx.Module):
     """logit = weight . h + bias, always in float32: scores that are rounded tie, and ties cost rank correlation."""
 
     def __init__(self, hidden_size: int, *, rngs: nnx.Rngs):
-        """As the official models/reward_model.py: weight normal with deviation 1 / sqrt(H + 1), bias U(+-1 / sqrt(H))."""
+        """As the official code: weight normal with deviation 1 / sqrt(H + 1), bias U(+-1 / sqrt(H))."""
         bound = hidden_size**-0.5
         weight = jax.random.normal(rngs.params(), (hidden_size,), jnp.float32) * (hidden_size + 1) ** -0.5
         self.weight = nnx.Param(weight, axes=("embed",))

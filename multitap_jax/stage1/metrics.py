@@ -66,7 +66,7 @@ def _plain(value: Any) -> Any:
 
 
 class _Pending(NamedTuple):
-    index: int
+    step: int
     metrics: dict[str, jax.Array]
     record: np.ndarray
     work: Work
@@ -138,7 +138,8 @@ class Recorder:
             who = f"every logit is finite, so it is a target or the gradient; the step's records: {', '.join(ids)}"
         return (
             f"step {index + 1}: loss = {host['loss']}, gradient norm = {host['grad_norm']}; {who}. "
-            "The step was not applied. Look at these records; if they are sound, use model.dtype=float32 or a lower optimizer.learning_rate"
+            "The step was not applied. Look at these records; if they are sound, use model.dtype=float32 or a lower "
+            "optimizer.learning_rate"
         )
 
     def line(self) -> dict[str, Any]:

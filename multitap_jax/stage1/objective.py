@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 
+from multitap_jax.batch import Array
 
-def squared_error(logits: jax.Array, target: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+
+def squared_error(logits: jax.Array, target: Array, weight: Array) -> tuple[jax.Array, jax.Array]:
     """Weighted squared error of sigmoid(logits) against human scores, the official loss before its mean.
 
     Args:

@@ -33,7 +33,7 @@ Metrics = dict[str, jax.Array]
 class TrainState:
     """What a step changes: int32[] finished steps, float32 master weights of what learns, the optimizer's state."""
 
-    step: jax.Array
+    step: Any
     trainable: nnx.State
     opt_state: Any
 
