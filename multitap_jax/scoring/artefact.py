@@ -296,7 +296,7 @@ def _check_is_artefact(folder: Path) -> None:
         )
     raise ArtefactError(
         f"{folder}: a backbone without a reward head ({MANIFEST} is not here), so it cannot score. Train one: "
-        f"multitap train --config=configs/official_qwen2_vl_2b.py --config.model.checkpoint={folder}"
+        f"multitap train --config=configs/official.py --config.model.checkpoint={folder}"
     )
 
 

@@ -1,6 +1,6 @@
 """Stage 1: fine-tune a backbone and its reward head on human scores.
 
-  multitap train --config=configs/official_effective.py --workdir=run \\
+  multitap train --config=configs/official.py --workdir=run \\
       --config.model.checkpoint=Qwen2-VL-2B-Instruct --config.data.train=polaris/train.jsonl
 
 A config file's `get_config()` returns the settings of multitap_jax/config.py; --config.SECTION.NAME=VALUE overrides.

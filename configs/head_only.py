@@ -1,0 +1,40 @@
+"""The reward head alone on a frozen backbone: the cheapest baseline, and a check that the data is in order.
+
+  multitap train --config=configs/head_only.py --workdir=runs/head \
+      --config.model.checkpoint=Qwen2-VL-2B-Instruct --config.data.train=ratings.jsonl
+
+Hardware: whatever holds the backbone once. Not yet run on published weights.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The settings; what is not named keeps its default in multitap_jax/config.py."""
+    return ConfigDict(
+        {
+            "model": {"checkpoint": "", "dtype": "bfloat16", "remat": "none", "position_mode": "auto"},
+            "data": {
+                "train": "",
+                "evaluation": "",
+                "holdout": 0.1,
+                "target": "score",
+                "target_range": (0.0, 1.0),
+                "prompt": "official-train",
+                "image_policy": "auto",
+                "shuffle": "groups",
+                "max_rejected": 0.01,
+                "allow_outside_root": False,
+            },
+            "optimizer": {"learning_rate": 1e-3, "schedule": "cosine", "warmup_ratio": 0.05, "weight_decay": 0.0},
+            "trainable": {"parts": "head"},
+            "mesh": {"data": 1, "fsdp": -1, "tensor": 1, "context": 1},
+            "checkpoint": {"every_steps": 500, "every_minutes": 10.0, "keep": 2},
+            "batch_size": 32,
+            "accumulation": 1,
+            "epochs": 3,
+            "seed": 42,
+            "evaluate_every": 50,
+            "log_every": 10,
+        }
+    )

@@ -1,0 +1,54 @@
+"""Every config file resolves to settings, and wrong settings are named."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from multitap_jax.config import ConfigError, TrainConfig, from_config_dict, to_dict
+
+FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+
+
+def load(path: Path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_config_resolves_and_says_how_to_run_it(path):
+    module = load(path)
+    config = from_config_dict(TrainConfig, module.get_config().to_dict())
+    assert f"--config=configs/{path.name}" in module.__doc__
+    assert from_config_dict(TrainConfig, to_dict(config)) == config
+
+
+def test_the_official_recipes_are_what_the_paper_notes_say():
+    official = load(next(path for path in FILES if path.stem == "official"))
+    effective, claimed = (
+        from_config_dict(TrainConfig, official.get_config(*variant).to_dict()) for variant in ((), ("claimed",))
+    )
+    assert (effective.optimizer.learning_rate, effective.optimizer.weight_decay) == (2e-7, 0.01)
+    assert (effective.optimizer.schedule, effective.optimizer.clip_norm) == ("constant", 1.0)
+    assert (effective.batch_size, effective.epochs, effective.model.dtype) == (32, 1, "bfloat16")
+    assert (effective.model.position_mode, effective.data.image_policy) == ("flat", "square:560")
+    assert (claimed.optimizer.schedule, claimed.optimizer.warmup_ratio) == ("cosine", 0.1)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"batchsize": 4}, r"config\.batchsize is not a setting; did you mean config\.batch_size\?"),
+        ({"optimizer": {"lr": 1.0}}, r"config\.optimizer\.lr is not a setting"),
+        ({"batch_size": "many"}, r"config\.batch_size = 'many' \(str\): expected int"),
+        ({"batch_size": True}, r"config\.batch_size = True \(bool\): expected int"),
+        ({"optimizer": 3}, r"config\.optimizer is a section of settings, but was given 3"),
+        ({"data": {"target_range": (0.0,)}}, r"config\.data\.target_range = \(0\.0,\): expected 2 values, got 1"),
+        ({"trainable": {"lora_targets": "q_proj"}}, r"config\.trainable\.lora_targets = 'q_proj': expected a list"),
+    ],
+)
+def test_wrong_settings_are_named(values, message):
+    with pytest.raises(ConfigError, match=message):
+        from_config_dict(TrainConfig, values)
