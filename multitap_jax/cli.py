@@ -26,6 +26,8 @@ from collections.abc import Sequence
 
 from absl import flags
 
+from multitap_jax.parallel.host import keep_freed_memory
+
 VERBS = ("demo", "train", "embed", "fit", "score", "evaluate", "export")
 
 
@@ -85,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     values = parse(argv[0], argv[1:])
     # Absent settings must not reach out to a model hub; a user who wants that says so by name.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    keep_freed_memory()
     module = importlib.import_module(f"multitap_jax.verbs.{argv[0]}")
     try:
         return int(module.run(values) or 0)

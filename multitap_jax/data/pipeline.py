@@ -23,7 +23,7 @@ from multitap_jax.data.placement import Cell, Need, need, place
 from multitap_jax.data.plan import plan_epoch
 from multitap_jax.data.prompts import Prompter, PromptError
 from multitap_jax.data.records import Record, Rejected
-from multitap_jax.data.shapes import choose_row_length, round_up, texts_per_row, vision_length
+from multitap_jax.data.shapes import ROW_LENGTHS, choose_row_length, round_up, texts_per_row, vision_length
 
 
 class Prepared(NamedTuple):
@@ -171,10 +171,7 @@ class PackedDataset:
             len(e.prefix) + len(e.text) + sum(self._vision.cells(self._data.grids[k]) - 1 for k in e.images)
             for e in self._data.examples
         )
-        chosen = choose_row_length(groups, hidden, limit=4096)
-        while chosen < longest:
-            chosen *= 2
-        return chosen
+        return next(n for n in ROW_LENGTHS if n >= max(longest, choose_row_length(groups, hidden, limit=4096)))
 
     def _hash(self, batch_size: int, epochs: int, seed: int, shuffle: str) -> str:
         digest = hashlib.sha256(json.dumps([batch_size, epochs, seed, shuffle, str(self._reader.policy)]).encode())

@@ -11,7 +11,7 @@ from dataclasses import replace
 from multitap_jax.data.packing import Shape
 from multitap_jax.data.placement import Group, need, place
 
-ROW_LENGTHS = tuple(2**i for i in range(6, 18))
+ROW_LENGTHS = tuple(sorted(base * 2**i for base in (64, 96) for i in range(12)))
 WASTE = 1.25
 LIMIT = 12  # shapes of one row length after which waste no longer counts
 SAMPLE = 128  # groups that suffice to choose a row length

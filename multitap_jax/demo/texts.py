@@ -69,6 +69,11 @@ def claim(thing: Thing) -> str:
     return f"{thing.depth.capitalize()} {thing.side}: {number}{finish}{thing.colour} {noun}."
 
 
+def caption(scene: Scene, rng: np.random.Generator) -> str:
+    """A right text on the scene, without filler."""
+    return dataclasses.replace(write_text(scene, (), rng), filler="").text
+
+
 def write_texts(scene: Scene, rng: np.random.Generator) -> list[Guidance]:
     """Six texts: one right, one of each kind of fault, and one with two or three faults; in random order."""
     plans: list[Sequence[str]] = [(), *((fault,) for fault in FAULTS)]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from multitap_jax.data.records import Record
 from multitap_jax.demo.render import SIZE, render_world
 from multitap_jax.demo.scenes import Scene, scene_rng
 from multitap_jax.demo.texts import REQUEST, annotate, rule_ratings, write_texts
@@ -87,6 +88,11 @@ def _scene_records(scene: Scene, image: str, index: int, seed: int) -> list[dict
             }
         )
     return records
+
+
+def scene_index(record: Record) -> int:
+    """Which scene a record of a world is about: `draw_scene(scene_rng(seed, index, 0))` gives it again."""
+    return int(str(record.group).removeprefix("scene-"))
 
 
 def _read_marker(path: Path) -> Any:

@@ -1,0 +1,24 @@
+"""Settings of the host process."""
+
+import ctypes
+import sys
+
+# Parameters of glibc's mallopt (malloc.h).
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
+
+
+def keep_freed_memory() -> None:
+    """Lets the allocator keep freed blocks instead of giving them back to the system; does nothing without glibc.
+
+    On a CPU, XLA frees its temporary arrays after each program and asks for the same ones in the next step; by default
+    each round goes through the system and faults every page in again. On the machine this was written on that took a
+    fifth of the CPU time of a training step.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    for parameter, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 64 << 20), (_ARENA_MAX, 1)):
+        mallopt(parameter, value)
