@@ -27,7 +27,7 @@ from multitap_jax.demo.texts import caption
 from multitap_jax.demo.world import scene_index
 from multitap_jax.stage1.optimizer import make_optimizer
 
-BATCH = 32
+BATCH = 16
 CAPTION_STREAM = 3
 OPTIMIZER = OptimizerConfig(
     learning_rate=3e-3, schedule="cosine", warmup_ratio=0.05, weight_decay=0.0, b2=0.98, clip_norm=1.0
@@ -56,7 +56,7 @@ def pretrain(backbone: Backbone, processing: Processing, train: Path, *, seed: i
       processing: prompt and pictures, as stage 1 will use them.
       train: the training records of the world; only their pictures are used.
       seed: seed of the world and of the order.
-      steps: optimizer steps of 32 captions.
+      steps: optimizer steps of 16 captions.
 
     Returns:
       The pre-trained backbone.

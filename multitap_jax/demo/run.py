@@ -30,9 +30,9 @@ from multitap_jax.stage2.fit import fit_store, make_head
 from multitap_jax.weights.hub import load_backbone, save_backbone
 
 SCENES = 2400
-CAPTION_STEPS = 600
-EPOCHS = 4
-HELDOUT = 0.15
+CAPTION_STEPS = 700
+EPOCHS = 3
+HELDOUT = 0.1
 POLICY = "square:84"
 
 
@@ -91,8 +91,8 @@ def run_demo(
     Args:
       workdir: folder of the run.
       scenes: pictures to draw (default 2,400).
-      caption_steps: steps of the backbone's pre-training (default 600).
-      epochs: epochs of stage 1 (default 4).
+      caption_steps: steps of the backbone's pre-training (default 700).
+      epochs: epochs of stage 1 (default 3).
       seed: of pictures, weights and order.
     """
     settings = {
@@ -168,9 +168,9 @@ def training_config(world: WorldPaths, folder: Path, settings: dict) -> TrainCon
             "batch_size": 48,
             "epochs": settings["epochs"],
             "seed": settings["seed"],
-            "evaluate_every": 250,
-            "log_every": 10,
-            "checkpoint": {"every_steps": 500, "keep": 1},
+            "evaluate_every": 500,
+            "log_every": 20,
+            "checkpoint": {"every_steps": 1000, "keep": 1},
         },
     )
 

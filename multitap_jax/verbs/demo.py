@@ -13,7 +13,9 @@ from absl import flags
 def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", "demo_run", "Folder of the run.", flag_values=values)
     flags.DEFINE_integer("scenes", 0, "Pictures to draw; 0 takes the demo's own number.", flag_values=values)
-    flags.DEFINE_integer("caption_steps", 0, "Steps of pre-training; 0 takes the demo's own number.", flag_values=values)
+    flags.DEFINE_integer(
+        "caption_steps", 0, "Steps of pre-training; 0 takes the demo's own number.", flag_values=values
+    )
     flags.DEFINE_integer("epochs", 0, "Epochs of stage 1; 0 takes the demo's own number.", flag_values=values)
     flags.DEFINE_integer("seed", 0, "Seed of the pictures, the weights and the order.", flag_values=values)
 

@@ -1,0 +1,188 @@
+"""The whole chain through the command line: draw, train, embed, fit, score, evaluate, export; and what goes wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from multitap_jax import cli
+from multitap_jax.demo.checkpoint import build_checkpoint
+from multitap_jax.demo.run import run_demo
+from multitap_jax.demo.texts import OBJECTIVES, vocabulary_sample
+from multitap_jax.demo.world import build_world
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def run(*arguments: str) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("chain")
+
+
+@pytest.fixture(scope="module")
+def world(folder):
+    return build_world(folder / "world", 12, 0, 0.25)
+
+
+@pytest.fixture(scope="module")
+def base(folder) -> Path:
+    return build_checkpoint(folder / "base", vocabulary_sample(), seed=0)
+
+
+@pytest.fixture(scope="module")
+def artefact(folder, world, base) -> Path:
+    """Trained with LoRA through the `train` verb on the 8 simulated devices."""
+    code = run(
+        "train",
+        f"--config={CONFIGS / 'lora.py'}",
+        f"--workdir={folder / 'run'}",
+        f"--config.model.checkpoint={base}",
+        f"--config.data.train={world.train}",
+        f"--config.data.evaluation={world.heldout}",
+        "--config.data.image_policy=square:84",
+        "--config.model.dtype=float32",
+        "--config.batch_size=16",
+        "--config.epochs=1",
+    )
+    assert code == 0
+    return folder / "run" / "artefact"
+
+
+def test_training_leaves_an_artefact_and_its_numbers(artefact):
+    metrics = lines(artefact.parent / "metrics.jsonl")
+    assert any("loss" in line for line in metrics)
+    assert any("evaluation" in line for line in metrics)
+    manifest = json.loads((artefact / "multitap.json").read_text())
+    assert manifest["contract"]["image_policy"] == "square:84"
+    assert not any("lora" in name for name in load_file(artefact / "model.safetensors"))
+    assert (artefact.parent / "rejected.jsonl").read_text() == ""
+
+
+def test_embed_fit_score_evaluate_export(artefact, world, folder, capsys):
+    assert run("embed", f"--checkpoint={artefact}", f"--input={world.train}", f"--output={folder / 'store'}") == 0
+    assert run("fit", f"--checkpoint={artefact}", f"--embeddings={folder / 'store'}") == 0
+    scores = folder / "scores.jsonl"
+    command = ("score", f"--checkpoint={artefact}", f"--input={world.heldout}", f"--output={scores}")
+    assert run(*command) == 0
+    found, records = lines(scores), lines(world.heldout)
+    assert [line["id"] for line in found] == [record["id"] for record in records]
+    assert all(0 < line["score"] < 1 and sorted(line["scores"]) == sorted(OBJECTIVES) for line in found)
+    before = scores.read_bytes()
+    assert run(*command) == 0  # done already: nothing changes
+    assert scores.read_bytes() == before
+    report = folder / "evaluation"
+    assert (
+        run("evaluate", f"--scores={scores}", f"--input={world.heldout}", f"--output={report}", "--bootstrap=50") == 0
+    )
+    assert {"metrics.json"} < {path.name for path in report.iterdir()}
+    for layout in ("artefact", "heads", "official"):
+        out = folder / "exports" / layout
+        assert run("export", f"--checkpoint={artefact}", f"--output={out}", f"--format={layout}") == 0
+        assert any(out.glob("*.safetensors"))
+    capsys.readouterr()
+
+
+def test_fitting_straight_from_records_equals_fitting_from_the_store(artefact, world, folder):
+    before = load_file(artefact / "heads.safetensors")
+    assert run("fit", f"--checkpoint={artefact}", f"--input={world.train}") == 0
+    after = load_file(artefact / "heads.safetensors")
+    np.testing.assert_array_equal(after["reward_head.weight"], before["reward_head.weight"])
+    np.testing.assert_allclose(after["ridge.alpha"], before["ridge.alpha"], rtol=1e-6)
+    scale = np.abs(before["ridge.coef"]).max()
+    np.testing.assert_allclose(after["ridge.coef"], before["ridge.coef"], atol=1e-3 * scale, rtol=0)
+
+
+def test_an_embedding_run_that_was_cut_off_goes_on(artefact, world, folder):
+    store = folder / "cut"
+    command = ("embed", f"--checkpoint={artefact}", f"--input={world.train}", f"--output={store}", "--shard_rows=10")
+    assert run(*command) == 0
+    whole = {path.name: path.read_bytes() for path in store.glob("*.safetensors")}
+    manifest = json.loads((store / "manifest.json").read_text())
+    kept = manifest["shards"][:2]
+    manifest |= {"shards": kept, "rows": sum(shard["rows"] for shard in kept), "complete": False}
+    (store / "manifest.json").write_text(json.dumps(manifest))
+    for name in sorted(whole)[2:]:
+        (store / name).unlink()
+    assert run(*command) == 0
+    ids = [name for path in sorted(store.glob("*.safetensors")) for name in _ids(path)]
+    assert ids == [record["id"] for record in lines(world.train)]
+    for name in sorted(whole)[2:]:
+        for key, value in load_file(store / name).items():
+            assert value.shape[0] > 0, key
+
+
+def _ids(path: Path) -> list[str]:
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    return json.loads(json.loads(raw[8 : 8 + size])["__metadata__"]["ids"])
+
+
+def test_the_demo_runs_and_goes_on_where_it_stopped(tmp_path, capsys):
+    report = run_demo(tmp_path, scenes=10, caption_steps=2, epochs=1)
+    page = report.read_text()
+    assert page.count("data:image/png;base64") >= 3
+    assert "pictures blanked" in page
+    seconds = json.loads((tmp_path / "phases.json").read_text())["seconds"]
+    run_demo(tmp_path, scenes=10, caption_steps=2, epochs=1)
+    again = json.loads((tmp_path / "phases.json").read_text())["seconds"]
+    assert again == seconds
+    with pytest.raises(ValueError, match="other settings|holds a demo"):
+        run_demo(tmp_path, scenes=11, caption_steps=2, epochs=1)
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_teaches(verb, capsys):
+    with pytest.raises(SystemExit) as done:
+        cli.main([verb, "--help"])
+    text = capsys.readouterr().out
+    assert done.value.code == 0
+    assert f"multitap {verb}" in text
+    assert "--" in text
+
+
+def test_the_program_teaches_and_corrects(capsys):
+    assert run("--help") == 0
+    assert "usage: multitap VERB" in capsys.readouterr().out
+    assert run("scor") == 2
+    assert "did you mean score?" in capsys.readouterr().err
+    assert run("--version") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("score",), 2, "--checkpoint"),
+        (("score", "--chekpoint=x"), 2, "checkpoint"),
+        (("score", "--checkpoint=nowhere", "--input=x", "--output=y"), 1, "no such folder"),
+        (("fit", "--checkpoint=nowhere"), 1, "either --embeddings"),
+        (("export", "--checkpoint=a", "--output=b", "--format=onnx"), 2, "onnx"),
+        (("train", f"--config={CONFIGS / 'lora.py'}", "--workdir=w", "--config.bach_size=2"), 2, "bach_size"),
+    ],
+)
+def test_wrong_use_is_explained(arguments, code, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        found = run(*arguments)
+    except SystemExit as stop:
+        found = stop.code
+    assert found == code
+    assert message in capsys.readouterr().err
+
+
+def test_the_program_starts_without_touching_torch():
+    code = "import sys; import multitap_jax.cli, multitap_jax.scoring.scorer, multitap_jax.stage1.run; "
+    code += "sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[1]).returncode == 0
