@@ -1,4 +1,4 @@
-"""LoRA on the decoder's attention with the reward head: fits a 2B model on one 24 GB accelerator or a small one on a CPU.
+"""LoRA on the decoder's attention, with the reward head: a small share of the memory of full fine-tuning.
 
   multitap train --config=configs/lora.py --workdir=runs/lora \
       --config.model.checkpoint=Qwen2-VL-2B-Instruct --config.data.train=ratings.jsonl

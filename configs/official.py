@@ -5,7 +5,7 @@
   claimed              what its yaml asks for and the script never reads: cosine schedule with 10 % warm-up. (The yaml's
                        paged 8-bit Adam changes how moments are stored, not the rule; moments here are float32.)
 
-Both: bfloat16 computation, float32 master weights, flat positions, pictures 560 x 560 (reference: kaist-cvml/MULTI-TAP).
+Both: bfloat16 computation, float32 master weights, flat positions, pictures 560 x 560 (docs/recipes.md).
 
   multitap train --config=configs/official.py --workdir=runs/official \
       --config.model.checkpoint=Qwen2-VL-2B-Instruct --config.data.train=polaris_imagereward/train.jsonl

@@ -3,8 +3,8 @@
   multitap demo --workdir=demo_run
 
 Draws scenes with guidance texts and rule-made human ratings, builds a tiny Qwen2-VL checkpoint in Hugging Face format
-and pre-trains it on captions, trains stage 1, embeds, fits seven ridge heads, exports, scores held-out pairs, and writes report.html. Finished phases
-are kept: run again after an interruption and it goes on.
+and pre-trains it on captions, trains stage 1, embeds, fits seven ridge heads, exports, scores held-out pairs, writes
+report.html. Finished phases are kept: run again after an interruption, it goes on.
 """
 
 from absl import flags
@@ -13,9 +13,7 @@ from absl import flags
 def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", "demo_run", "Folder of the run.", flag_values=values)
     flags.DEFINE_integer("scenes", 0, "Pictures to draw; 0 takes the demo's own number.", flag_values=values)
-    flags.DEFINE_integer(
-        "caption_steps", 0, "Steps of pre-training; 0 takes the demo's own number.", flag_values=values
-    )
+    flags.DEFINE_integer("caption_steps", 0, "Pre-training steps; 0 takes the demo's own number.", flag_values=values)
     flags.DEFINE_integer("epochs", 0, "Epochs of stage 1; 0 takes the demo's own number.", flag_values=values)
     flags.DEFINE_integer("seed", 0, "Seed of the pictures, the weights and the order.", flag_values=values)
 
