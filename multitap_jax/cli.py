@@ -19,10 +19,12 @@ Exit codes: 0 done; 1 stopped with an explanation; 2 wrong usage; 143 stopped by
 MULTITAP_TRACEBACK=1 shows where in the code an explained error arose.
 """
 
+import contextlib
 import importlib
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from absl import flags
 
@@ -44,14 +46,28 @@ def parse(verb: str, argv: Sequence[str]) -> flags.FlagValues:
         print(f"multitap {verb}: {(module.__doc__ or '').strip()}\n\nFlags:")
         print(_flag_help(values))
         raise SystemExit(0)
+    # Both spellings of a flag are known: --max-rejected and --max_rejected. Names end at the first "=" or ".".
+    argv = [re.sub(r"^--?[a-z-]+", lambda name: "--" + name[0].lstrip("-").replace("-", "_"), arg) for arg in argv]
     try:
-        rest = values([f"multitap {verb}", *argv])
+        with _program_arguments([f"multitap {verb}", *argv]) as whole:
+            rest = values(whole)
         if rest[1:]:
             raise flags.Error(f"unexpected argument {rest[1]!r}; values are given as --flag=value")
     except (flags.Error, FileNotFoundError, AttributeError, KeyError, TypeError) as error:
-        print(f"multitap {verb}: {error}\nmultitap {verb} --help lists the flags", file=sys.stderr)
-        raise SystemExit(2) from error
+        message = f"there is no setting {error}" if isinstance(error, KeyError) else error
+        print(f"multitap {verb}: {message}\nmultitap {verb} --help lists the flags", file=sys.stderr)
+        raise SystemExit(2) from None
     return values
+
+
+@contextlib.contextmanager
+def _program_arguments(argv: list[str]) -> Iterator[list[str]]:
+    """ml_collections looks for --config.NAME overrides in sys.argv, wherever the arguments came from."""
+    before, sys.argv = sys.argv, argv
+    try:
+        yield argv
+    finally:
+        sys.argv = before
 
 
 def _flag_help(values: flags.FlagValues) -> str:

@@ -129,6 +129,10 @@ class Prompter:
         return self._ids([before])[0], carried
 
     def _clean(self, text: str, what: str) -> str:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise PromptError(f"the {what} is no valid Unicode: {error}") from None
         for token in self._control:
             if token in text:
                 raise PromptError(f"the {what} contains the control token {token!r}; remove it from the {what}")

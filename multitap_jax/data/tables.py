@@ -139,6 +139,11 @@ def _read_csv(path: Path, check_column: ColumnCheck) -> Iterator[tuple[int, Row]
                 except StopIteration:
                     return
                 except csv.Error as error:
+                    if reader.line_num > line:
+                        # Records were swallowed by an open quote, and nobody can say where the next one begins.
+                        raise RecordsError(
+                            f"{path}: line {line}: the record that begins here does not end ({error}); close its quote"
+                        ) from error
                     yield line, Unreadable(f"not CSV: {error}")
                     continue
                 if len(cells) == len(header):

@@ -82,7 +82,8 @@ class EvaluationReport:
         table = Table(title="Agreement with people", caption=Text(self._caption()), caption_justify="left")
         for name in ("", "n", *STATISTICS, "ties pred / human / both"):
             table.add_column(name, justify="left" if name == "" else "right")
-        for name, metrics in {"overall": self.overall, **self.objectives}.items():
+        # A list: an objective may well be called "overall" too.
+        for name, metrics in [("overall score", self.overall), *self.objectives.items()]:
             cells = [_cell(metrics, statistic) for statistic in STATISTICS]
             ties = f"{metrics.ties_pred:,} / {metrics.ties_human:,} / {metrics.ties_both:,}"
             table.add_row(Text(name), f"{metrics.n:,}", *cells, ties)
@@ -109,8 +110,8 @@ class EvaluationReport:
             if items:
                 more = ", ..." if len(items) > SHOWN else ""
                 lines.append(f"{len(items):,} {kind}: {', '.join(items[:SHOWN])}{more}")
-        metrics = {"overall": self.overall, **self.objectives}
-        lines += [f"{name}: tau undefined: {m.tau_b.reason}" for name, m in metrics.items() if m.tau_b.reason]
+        metrics = [("overall score", self.overall), *self.objectives.items()]
+        lines += [f"{name}: tau undefined: {m.tau_b.reason}" for name, m in metrics if m.tau_b.reason]
         return "\n".join(lines)
 
 

@@ -76,6 +76,11 @@ class Artefact:
         return self.manifest.hashes.model
 
     @property
+    def embedding_hash(self) -> str:
+        """sha256 over all that decides an embedding."""
+        return self.manifest.embedding_hash
+
+    @property
     def fingerprint(self) -> str:
         """sha256 over all that decides a score."""
         return self.manifest.fingerprint

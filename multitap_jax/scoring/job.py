@@ -18,7 +18,7 @@ import numpy as np
 
 from multitap_jax.data.records import Record, Rejected, iter_records
 from multitap_jax.data.tables import find_records_file
-from multitap_jax.scoring.journal import JobError, Journal, input_fingerprint
+from multitap_jax.scoring.journal import JobError, Journal, input_fingerprint, sidecar_of
 from multitap_jax.scoring.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -132,14 +132,15 @@ def score_file(
         raise ValueError(f"window = {window}: at least 1 record")
     began = time.monotonic()
     source, output = find_records_file(input), Path(output)
-    if source.resolve() == output.resolve():
-        raise JobError(f"{output}: is the input; choose another output")
+    rejected_file = output.with_name(output.name + ".rejected.jsonl")
+    written = (output, sidecar_of(output), rejected_file)
+    if source.resolve() in [path.resolve() for path in written]:
+        raise JobError(f"{source}: the job would write over its input; choose another output")
     identity = {
         "input": input_fingerprint(source),
         "model": scorer.fingerprint,
         "settings": {**scorer.settings, "truncate": truncate, "allow_outside_root": allow_outside_root},
     }
-    rejected_file = output.with_name(output.name + ".rejected.jsonl")
     with Journal(output, identity) as journal:
         finished = journal.finished()
         tally, resumed = _Tally(**(finished or {})), 0

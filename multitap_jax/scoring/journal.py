@@ -40,7 +40,12 @@ def input_fingerprint(path: Path) -> dict[str, Any]:
         digest.update(file.read(SAMPLE))
         file.seek(max(0, size - SAMPLE))
         digest.update(file.read(SAMPLE))
-    return {"name": path.name, "bytes": size, "sha256_ends": digest.hexdigest()}
+    return {"name": path.name, "folder": str(path.resolve().parent), "bytes": size, "sha256_ends": digest.hexdigest()}
+
+
+def sidecar_of(output: Path) -> Path:
+    """The file beside `output` that says what it holds lines of."""
+    return output.with_name(output.name + ".job.json")
 
 
 class Journal:
@@ -53,7 +58,7 @@ class Journal:
 
     def __init__(self, path: Path, identity: dict[str, Any]):
         self.path = path
-        self.sidecar = path.with_name(path.name + ".job.json")
+        self.sidecar = sidecar_of(path)
         self.identity = identity
         self._lines = 0
         self._end = 0

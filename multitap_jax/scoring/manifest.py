@@ -88,6 +88,12 @@ class Manifest:
         """sha256 over all that decides a score: contract, weights, heads, tokenizer and processor files."""
         return canonical_hash([dataclasses.asdict(self.contract), dataclasses.asdict(self.hashes)])
 
+    @property
+    def embedding_hash(self) -> str:
+        """sha256 over all that decides an embedding: as `fingerprint`, without the heads."""
+        hashes = {"model": self.hashes.model, "files": self.hashes.files}
+        return canonical_hash([dataclasses.asdict(self.contract), hashes])
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, the contract with its hash beside it."""
         contract = dataclasses.asdict(self.contract)

@@ -1,6 +1,7 @@
 """Streams records through a frozen model: into an embedding store, or straight into whatever consumes batches."""
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -24,6 +25,7 @@ from multitap_jax.scoring.scorer import Scorer
 from multitap_jax.stage2.store import EmbeddingStore, EmbeddingWriter
 
 WINDOW = 1024
+JUDGED_FROM = 1000  # lines from which a high share of rejected ones stops the run before its end
 REJECTED = "rejected.jsonl"
 
 
@@ -50,20 +52,24 @@ class EmbedSummary:
 
 
 def scan(path: str | Path, *, allow_outside_root: bool = False) -> tuple[int, tuple[str, ...]]:
-    """Lines of a records file and the names of all objectives rated in it, in first-seen order."""
+    """Lines of a records file and the objectives that at least one of its records is rated on, in first-seen order."""
     names: dict[str, None] = {}
     lines = 0
     for item in iter_records(path, allow_outside_root=allow_outside_root):
         lines += 1
         if isinstance(item, Record):
-            names.update(dict.fromkeys(item.ratings))
+            names.update({name: None for name, value in item.ratings.items() if value is not None})
     return lines, tuple(names)
 
 
 def embed_stream(
-    scorer: Scorer, items: Iterator[Record | Rejected], objectives: tuple[str, ...], *, truncate: bool = False
+    scorer: Scorer, items: Iterator[Record | Rejected], objectives: tuple[str, ...], root: Path
 ) -> Iterator[Embedded]:
-    """Embeds records window by window, in order; those that cannot be embedded come back as rejected."""
+    """Embeds records window by window, in order; those that cannot be embedded come back as rejected.
+
+    `root` is the folder of the records file: groups are named relative to it, so they do not depend on how its path
+    was written.
+    """
     while window := list(islice(items, WINDOW)):
         records = [item for item in window if isinstance(item, Record)]
         rejected = [item for item in window if isinstance(item, Rejected)]
@@ -71,7 +77,6 @@ def embed_stream(
             images=[list(r.images) for r in records],
             texts=[r.text for r in records],
             requests=[r.request for r in records],
-            truncate=truncate,
         )
         good = [i for i, error in enumerate(found.errors) if error is None]
         rejected += [Rejected(records[i].line, records[i].id, e) for i, e in enumerate(found.errors) if e is not None]
@@ -81,7 +86,7 @@ def embed_stream(
             [records[i].id for i in good],
             found.values[good],
             np.asarray(labels, np.float32).reshape(len(good), len(objectives)),
-            [_fold_group(records[i]) for i in good],
+            [_fold_group(records[i], root) for i in good],
             sorted(rejected, key=lambda r: r.line),
         )
 
@@ -94,7 +99,6 @@ def embed_records(
     shard_rows: int = 4096,
     max_rejected: float = 0.01,
     allow_outside_root: bool = False,
-    truncate: bool = False,
     show_progress: bool = False,
 ) -> EmbedSummary:
     """Writes the embeddings of a records file to `folder`; resumes after the last finished shard.
@@ -105,27 +109,39 @@ def embed_records(
     """
     file, folder = find_records_file(path), Path(folder)
     lines, objectives = scan(file, allow_outside_root=allow_outside_root)
-    with EmbeddingWriter.open_or_resume(
+    identity = {
+        "input": input_fingerprint(file),
+        "settings": {**scorer.settings, "truncate": scorer.truncate},
+        "outside_root": allow_outside_root,
+    }
+    writer = EmbeddingWriter.open_or_resume(
         folder,
         hidden_size=scorer.hidden_size,
         objectives=objectives,
-        model_hash=scorer.artefact.model_hash,
-        fingerprint=json.dumps(input_fingerprint(file), sort_keys=True),
+        model_hash=scorer.artefact.embedding_hash,
+        fingerprint=json.dumps(identity, sort_keys=True),
         shard_rows=shard_rows,
-    ) as writer:
+    )
+    rows, rejected = writer.rows_done, read_rejected(folder / REJECTED)
+    if writer.complete:
+        return EmbedSummary(rows, len(rejected), folder)
+    with writer:
         items = iter_records(file, allow_outside_root=allow_outside_root)
-        last = EmbeddingStore(folder, allow_partial=True).ids[-1] if writer.rows_done else None
-        done = _skip_to(items, last)
-        rejected = [r for r in read_rejected(folder / REJECTED) if r.line <= done.line]
-        rows = writer.rows_done
+        done = _skip_to(items, EmbeddingStore(folder, allow_partial=True).ids[-1] if rows else None)
+        rejected = [r for r in rejected if r.line <= done.line]
         with progress_bar(lines, done.items, enabled=show_progress) as advance:
-            for part in embed_stream(scorer, items, objectives, truncate=truncate):
-                rejected += part.rejected
-                write_rejected(folder / REJECTED, rejected)
+            for part in embed_stream(scorer, items, objectives, file.parent):
+                if part.rejected:
+                    rejected += part.rejected
+                    write_rejected(folder / REJECTED, rejected)
                 writer.append(part.ids, part.embeddings, part.labels, part.groups)
                 rows += len(part.ids)
                 advance(len(part.ids) + len(part.rejected))
-        check_rejected_share(file, rows, rejected, max_rejected)
+                if rows + len(rejected) >= JUDGED_FROM:
+                    check_rejected_share(file, rows, rejected, max_rejected)
+        write_rejected(folder / REJECTED, rejected)
+    # After the last shard is on disk: what was computed stays, whatever the verdict.
+    check_rejected_share(file, rows, rejected, max_rejected)
     return EmbedSummary(rows, len(rejected), folder)
 
 
@@ -144,6 +160,8 @@ def _skip_to(items: Iterator[Record | Rejected], last_id: str | None) -> _Done:
     raise ValueError(f"record {last_id!r}, embedded before, is no longer in the input; start in a new folder")
 
 
-def _fold_group(record: Record) -> str:
+def _fold_group(record: Record, root: Path) -> str:
     """Records of one group, or else of one first picture, stand in the same cross-validation fold."""
-    return record.group or (str(record.images[0]) if record.images else record.id)
+    if record.group or not record.images:
+        return record.group or record.id
+    return os.path.relpath(os.path.realpath(record.images[0]), os.path.realpath(root))

@@ -32,7 +32,9 @@ class Ranges:
 
     def objectives(self, head: RidgeHead) -> list[Objective]:
         """The objectives as the artefact describes them."""
-        scores = [None if np.isnan(r2) else float(r2) for r2 in head.r2_]
+        # Training error says nothing about new pairs, so it is not passed off as a cross-validated score.
+        held_out = head.criterion_ != "train-mse"
+        scores = [float(r2) if held_out and not np.isnan(r2) else None for r2 in head.r2_]
         rows = zip(self.names, self._low, self._high, head.alpha_, scores, strict=True)
         return [
             Objective(name, (float(low), float(high)), alpha=float(alpha), cv_score=score)
@@ -42,8 +44,20 @@ class Ranges:
 
 def make_head(alphas: Sequence[str | float], cv: str | int, selection: str) -> RidgeHead:
     """A ridge head from settings as they come from flags."""
-    values: str | list[float] = [float(a) for a in alphas] if alphas else "auto"
-    return RidgeHead(alphas=values, cv=cv if cv == "gcv" else int(cv), selection=selection)
+    try:
+        values: str | list[float] = [float(alpha) for alpha in alphas] if alphas else "auto"
+    except ValueError:
+        raise ValueError(
+            f"--alphas={','.join(map(str, alphas))}: expected positive numbers, such as 0.1,1,10"
+        ) from None
+    if str(cv) != "gcv" and not str(cv).isdigit():
+        raise ValueError(f'--cv={cv}: expected a number of folds or "gcv"')
+    return RidgeHead(
+        alphas=values,
+        cv="gcv" if cv == "gcv" else int(cv),
+        selection=selection,
+        alpha_per_target=selection != "train-mse",  # the official code picks one alpha for all
+    )
 
 
 def fit_store(head: RidgeHead, embeddings: str | Path, checkpoint: str | Path) -> Artefact:
@@ -53,11 +67,12 @@ def fit_store(head: RidgeHead, embeddings: str | Path, checkpoint: str | Path) -
       StoreError: unreadable, unfinished, without ratings, or embeddings of another model.
     """
     artefact, store = Artefact.open(checkpoint), EmbeddingStore(embeddings)
-    if store.model_hash != artefact.model_hash:
+    if store.model_hash != artefact.embedding_hash:
         raise ValueError(
-            f"{embeddings}: these are embeddings of another model (hash {store.model_hash[:12]}) than {checkpoint} "
-            f"({artefact.model_hash[:12]}); embed again with this checkpoint"
+            f"{embeddings}: made by another model, or under another contract (hash {store.model_hash[:12]}), than {checkpoint} "
+            f"({artefact.embedding_hash[:12]}); embed again with this checkpoint"
         )
+    _check_rated(store.objectives, embeddings)
     ranges = Ranges(store.objectives)
     for _, labels, _ in store.batches():
         ranges.update(labels)
@@ -77,11 +92,13 @@ def fit_records(
     """Embeds the records of a file and fits `head` to them on the way; saves it in the scorer's artefact."""
     file = find_records_file(path)
     lines, names = scan(file, allow_outside_root=allow_outside_root)
+    _check_rated(names, file)
     ranges, rejected, rows = Ranges(names), [], 0
 
     def parts(advance):
         nonlocal rows
-        for part in embed_stream(scorer, iter_records(file, allow_outside_root=allow_outside_root), names):
+        records = iter_records(file, allow_outside_root=allow_outside_root)
+        for part in embed_stream(scorer, records, names, file.parent):
             advance(len(part.ids) + len(part.rejected))
             rejected.extend(part.rejected)
             rows += len(part.ids)
@@ -92,6 +109,13 @@ def fit_records(
         head.fit_stream(parts(advance), objective_names=names)
     check_rejected_share(file, rows, rejected, max_rejected)
     return _save(head, scorer.artefact, ranges)
+
+
+def _check_rated(names: Sequence[str], source: str | Path) -> None:
+    if not names:
+        raise ValueError(
+            f"{source}: no record has ratings, so there is nothing to fit; add ratings: {{objective: number}}"
+        )
 
 
 def _save(head: RidgeHead, artefact: Artefact, ranges: Ranges) -> Artefact:

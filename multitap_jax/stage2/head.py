@@ -17,6 +17,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from rich.table import Table
+from rich.text import Text
 
 from multitap_jax.stage2.accumulator import Accumulator, DataError, RawBatch, checked_rows
 from multitap_jax.stage2.fitting import Settings, fit_heads
@@ -297,8 +298,8 @@ class RidgeHead:
         ):
             observed, alpha, r2, tau = values
             cells = ("-" if np.isnan(value) else f"{value:.3f}" for value in (r2, tau))
-            table.add_row(name, str(observed), f"{alpha:.3g}", *cells)
-        table.caption = "\n".join(self.notes_) or None
+            table.add_row(Text(name), str(observed), f"{alpha:.3g}", *cells)
+        table.caption = Text("\n".join(self.notes_)) if self.notes_ else None
         return table
 
 

@@ -154,6 +154,8 @@ class EmbeddingWriter:
         path = Path(folder) / MANIFEST
         if not path.exists():
             return cls(folder, **arguments)
+        if arguments.get("shard_rows", 1) < 1:
+            raise StoreError(f"shard_rows={arguments['shard_rows']}: a shard has at least one row")
         manifest = _read_manifest(Path(folder))
         wanted = {"total": None, "dtype": "float32", "fingerprint": "", **arguments}
         wanted["objectives"] = list(wanted["objectives"])
@@ -177,6 +179,11 @@ class EmbeddingWriter:
     def rows_done(self) -> int:
         """Rows that are safe on disk: a resumed run continues with this row."""
         return self._manifest["rows"]
+
+    @property
+    def complete(self) -> bool:
+        """Whether the store is finished; nothing can be appended any more."""
+        return self._manifest["complete"]
 
     def append(self, ids: Sequence[str], embeddings: np.ndarray, labels: np.ndarray, groups: Sequence[str]) -> None:
         """Adds n rows.

@@ -8,6 +8,9 @@ is compared with --target; every objective that has a head and ratings is compar
 bootstrap interval; ties and left-out records are counted. --output gets metrics.json and plots.
 """
 
+import sys
+from pathlib import Path
+
 from absl import flags
 
 from multitap_jax.verbs.common import input_flags
@@ -28,11 +31,14 @@ def define_flags(values: flags.FlagValues) -> None:
 def run(values: flags.FlagValues) -> int:
     from rich.console import Console
 
+    from multitap_jax.data.records import check_rejected_share
     from multitap_jax.evaluation.report import evaluate_files
 
     if len(values.target_range) != 2:
         raise ValueError(f"--target_range={','.join(values.target_range)}: expected two numbers, LOW,HIGH")
     low, high = (float(v) for v in values.target_range)
+    if values.bootstrap < 0:
+        raise ValueError(f"--bootstrap={values.bootstrap}: a number of samples, or 0 for no intervals")
     report = evaluate_files(
         values.scores,
         values.input,
@@ -41,7 +47,14 @@ def run(values: flags.FlagValues) -> int:
         bootstrap_samples=values.bootstrap,
         allow_outside_root=values.allow_outside_root,
     )
-    Console().print(report.table())
+    check_rejected_share(Path(values.input), report.n_records, report.rejected, values.max_rejected)
+    if not report.overall.n and not any(metrics.n for metrics in report.objectives.values()):
+        raise ValueError(
+            f"nothing to compare: no record of {values.input} has {values.target} and a line in {values.scores}; "
+            "check --target and the ids"
+        )
+    # Tables are unreadable when folded, so a pipe gets them at full width.
+    Console(width=None if sys.stdout.isatty() else 240).print(report.table())
     if values.output:
         report.save(values.output)
         print(f"wrote {values.output}")
