@@ -69,8 +69,8 @@ def fit_store(head: RidgeHead, embeddings: str | Path, checkpoint: str | Path) -
     artefact, store = Artefact.open(checkpoint), EmbeddingStore(embeddings)
     if store.model_hash != artefact.embedding_hash:
         raise ValueError(
-            f"{embeddings}: made by another model, or under another contract (hash {store.model_hash[:12]}), than {checkpoint} "
-            f"({artefact.embedding_hash[:12]}); embed again with this checkpoint"
+            f"{embeddings}: made by another model, or under another contract (hash {store.model_hash[:12]}), than "
+            f"{checkpoint} ({artefact.embedding_hash[:12]}); embed again with this checkpoint"
         )
     _check_rated(store.objectives, embeddings)
     ranges = Ranges(store.objectives)
