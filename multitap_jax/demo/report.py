@@ -95,7 +95,8 @@ def write_report(path: str | Path, data: ReportData) -> Path:
     body = [
         "<header><p class=kicker>multitap demo</p><h1>Does this text fit this picture?</h1>",
         "<p class=lead>A small model learns from the ratings of simulated annotators how well guidance fits a street "
-        "scene; then each ridge head reads one rating from its frozen state. Agreement is on scenes it never saw.</p></header>",
+        "scene; then each ridge head reads one rating from its frozen state. Agreement is on scenes it never saw.</p>"
+        "</header>",
         _summary(data.models),
         "<section class=plots>",
         _figure(plot_loss(data.train_loss, data.heldout_loss), "Learning", loss_text),
