@@ -94,8 +94,9 @@ def write_report(path: str | Path, data: ReportData) -> Path:
     bars_text = "Bars: held-out tau_c with its 95 % interval. Dots: share of predictions within half a point."
     body = [
         "<header><p class=kicker>multitap demo</p><h1>Does this text fit this picture?</h1>",
-        "<p class=lead>A small model learns from ratings how well guidance fits a street scene, then seven ridge heads "
-        "read one rating each from its frozen state. Every figure below is on scenes it never saw.</p></header>",
+        "<p class=lead>A small model learns from the ratings of simulated annotators how well guidance fits a street "
+        "scene; then each ridge head reads one rating from its frozen state. Agreement is on scenes it never saw.</p>"
+        "</header>",
         _summary(data.models),
         "<section class=plots>",
         _figure(plot_loss(data.train_loss, data.heldout_loss), "Learning", loss_text),
@@ -119,14 +120,14 @@ def _text(value: object) -> str:
     return html.escape(str(value), quote=True)
 
 
-def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table of finished (escaped) cells; the first column names the row."""
+def _table(header: Iterable[str], rows: Iterable[Iterable[str]], *, style: str = "table") -> str:
+    """A table of finished (escaped) cells; the first column names the row; `style` is a list of CSS classes."""
     head = "".join(f"<th>{cell}</th>" for cell in header)
     lines = []
     for row in rows:
         first, *rest = row
         lines.append(f"<tr><th scope=row>{first}</th>" + "".join(f"<td>{cell}</td>" for cell in rest) + "</tr>")
-    return f"<div class=table><table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+    return f"<div class='{style}'><table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
 
 
 def _estimate(interval: Interval) -> str:
@@ -136,7 +137,9 @@ def _estimate(interval: Interval) -> str:
 def _summary(models: Sequence[ModelRow]) -> str:
     names = list(models[0].metrics)
     rows = ([_text(row.name), *(_estimate(row.metrics[name]) for name in names)] for row in models)
-    return "<h2>Agreement with people</h2>" + _table(["Model", *(_text(name) for name in names)], rows)
+    return "<h2>Agreement with the raters</h2>" + _table(
+        ["Model", *(_text(name) for name in names)], rows, style="table lead-row"
+    )
 
 
 def _objective_table(rows: Sequence[ObjectiveRow]) -> str:
@@ -280,11 +283,11 @@ h1{font-size:40px;line-height:1.15;letter-spacing:-.02em;margin:.1em 0 .3em}
 h2{font-size:20px;letter-spacing:-.01em;margin:52px 0 14px}
 .kicker{color:var(--soft);text-transform:uppercase;letter-spacing:.12em;font-size:12px;margin:0}
 .lead{color:var(--soft);font-size:18px;max-width:46em;margin:0}
-.table{overflow-x:auto}
+.table{overflow-x:auto;margin-top:18px}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:10px 14px 10px 0;text-align:left;border-bottom:1px solid var(--line);white-space:nowrap;font-weight:400}
 thead th{color:var(--soft);font-size:13px}
-tbody tr:first-child th{font-weight:600}
+.lead-row tbody tr:first-child th{font-weight:600}
 small{color:var(--soft);font-size:12.5px}
 .plots{display:grid;grid-template-columns:1fr 1fr;gap:28px}
 figure{margin:0}
