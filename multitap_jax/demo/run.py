@@ -212,7 +212,7 @@ def _facts(settings: dict, world: WorldPaths, artefact: Path) -> dict[str, str]:
         "command": "multitap demo " + " ".join(f"--{name}={value}" for name, value in settings.items()),
         "data": f"{settings['scenes']:,} pictures; {pairs[0]:,} training pairs, {pairs[1]:,} held-out pairs",
         "model": f"Qwen2-VL, hidden {config['hidden_size']}, {config['num_hidden_layers']} decoder layers, "
-        f"{config['vision_config']['depth']} vision blocks, random start",
+        f"{config['vision_config']['depth']} vision block, pre-trained on captions here",
     }
 
 

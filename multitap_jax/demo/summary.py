@@ -30,6 +30,8 @@ NOTES = (
     "noise rate each text. They show that the chain works and learns, not how people judge.",
     "Held-out scenes share no picture with training. tau_c is Stuart's, tau_b corrects for ties; intervals are 95 % "
     "percentile bootstrap intervals over scenes. Prompt official-train, M-RoPE positions, pictures 84 x 84, float32.",
+    "The backbone is tiny, so it is first shown right captions of the training scenes, as published backbones come "
+    "pre-trained. Untrained is that backbone with a new reward head; trained is after stage 1.",
     "Blanked: the trained model scores the same texts with one grey picture in place of all. What remains of the "
     "agreement is what the texts alone give away.",
     "Each ridge head is fitted on training scenes only, with its own alpha by 5-fold cross-validation over scenes.",
@@ -159,7 +161,7 @@ def _examples(records: Sequence[Record], judged: Judged) -> list[tuple[str, list
     ]
     ranked = sorted(full, key=agreement)
     sections = [
-        ("Ordered as people order them", ranked[::-1][:4]),
+        ("Ordered as the raters order them", ranked[::-1][:4]),
         ("Typical", ranked[len(ranked) // 2 : len(ranked) // 2 + 4]),
         ("Largest errors", sorted(full, key=error)[::-1][:4]),
     ]
