@@ -8,10 +8,13 @@ Hardware: whatever holds the backbone once. Not yet run on published weights.
 
 from ml_collections import ConfigDict
 
+from multitap_jax.config import TrainConfig, to_dict
+
 
 def get_config() -> ConfigDict:
     """The settings; what is not named keeps its default in multitap_jax/config.py."""
-    return ConfigDict(
+    config = ConfigDict(to_dict(TrainConfig()))
+    config.update(
         {
             "model": {"checkpoint": "", "dtype": "bfloat16", "remat": "none", "position_mode": "auto"},
             "data": {
@@ -38,3 +41,4 @@ def get_config() -> ConfigDict:
             "log_every": 10,
         }
     )
+    return config

@@ -9,10 +9,13 @@ published weights; on the demo's checkpoint and 108 real pictures it is the READ
 
 from ml_collections import ConfigDict
 
+from multitap_jax.config import TrainConfig, to_dict
+
 
 def get_config() -> ConfigDict:
     """The settings; what is not named keeps its default in multitap_jax/config.py."""
-    return ConfigDict(
+    config = ConfigDict(to_dict(TrainConfig()))
+    config.update(
         {
             "model": {"checkpoint": "", "dtype": "bfloat16", "remat": "dots", "position_mode": "auto"},
             "data": {
@@ -44,3 +47,4 @@ def get_config() -> ConfigDict:
             "log_every": 10,
         }
     )
+    return config

@@ -16,12 +16,15 @@ Hardware: made for 8 accelerators with 80 GB (fsdp takes all devices by default)
 
 from ml_collections import ConfigDict
 
+from multitap_jax.config import TrainConfig, to_dict
+
 
 def get_config(variant: str = "effective") -> ConfigDict:
     """The settings of a variant; what is not named keeps its default in multitap_jax/config.py."""
     if variant not in ("effective", "claimed"):
         raise ValueError(f"configs/official.py:{variant}: the variants are effective and claimed")
-    config = ConfigDict(
+    config = ConfigDict(to_dict(TrainConfig()))
+    config.update(
         {
             "model": {
                 "checkpoint": "",

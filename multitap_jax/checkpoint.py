@@ -107,7 +107,7 @@ class Checkpoints:
                 metadata = self._read_metadata(step)
                 self._check_identity(step, metadata["identity"])
                 state = self._load(step, target, metadata["checksums"])
-            except CheckpointError:
+            except (CheckpointError, MemoryError):
                 raise
             except Exception as error:  # whatever a damaged file makes orbax, tensorstore or json raise
                 reason = (str(error) or type(error).__name__).splitlines()[0][:200]
@@ -197,8 +197,13 @@ def _by_name(tree: Any) -> dict[str, Any]:
 def _bit_sums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     def bits(x: jax.Array) -> jax.Array:
         unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
-        flat = jax.lax.bitcast_convert_type(x, unsigned)
-        return jnp.sum(flat.astype(jnp.uint32), dtype=jnp.uint32)
+        values = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+        # Weighted by place, so that the same values in another order or shape do not pass.
+        place = jnp.ones(x.shape, jnp.uint32)
+        for axis, size in enumerate(x.shape):
+            step = np.uint32((2 * size + 2 * axis + 1) * 2654435761 % 2**32)
+            place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * step
+        return jnp.sum(values * place, dtype=jnp.uint32)
 
     return {name: bits(x) for name, x in arrays.items()}
 

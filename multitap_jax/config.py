@@ -53,6 +53,7 @@ class DataConfig:
       image_policy: "square:N", "native:MIN:MAX" pixels, or "auto" (the artefact's, else "square:560").
       shuffle: "pairs" (as the official recipe) or "groups" (texts of one image stay together: far fewer tokens).
       row_length: tokens a packed row; 0 picks the smallest of the standard lengths that suits the data.
+      max_length: longest pair in tokens, image tokens included; longer ones are rejected.
       max_rejected: share of unusable records above which the run stops.
       allow_outside_root: let image paths leave the folder of their records file.
     """
@@ -66,8 +67,14 @@ class DataConfig:
     image_policy: str = "auto"
     shuffle: str = "groups"
     row_length: int = 0
+    max_length: int = 2048
     max_rejected: float = 0.01
     allow_outside_root: bool = False
+
+    def __post_init__(self) -> None:
+        low, high = self.target_range
+        if not low < high:
+            raise ConfigError(f"config.data.target_range = {self.target_range}: expected (lowest, highest)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +136,11 @@ class TrainConfig:
     seed: int = 42
     evaluate_every: int = 200
     log_every: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulation", "epochs"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"config.{name} = {getattr(self, name)}: expected 1 or more")
 
 
 def from_config_dict(cls: type[C], values: Mapping[str, Any], path: str = "config") -> C:

@@ -1,10 +1,12 @@
 """How a stack of equal layers is run: execution choices, the scan over layers, rematerialisation."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from multitap_jax.backbones.attention import check_backend
 
@@ -24,6 +26,8 @@ class Execution:
       remat: what the backward pass recomputes: "none", "dots" (all but weight products), "full" (all of a layer).
       attention: attention backend, a name of `attention.BACKENDS`, or "auto", the fastest for platform and length.
       layers: "scan" compiles one layer; "loop" unrolls them (for debugging; same values).
+      mesh: where the parameters are sharded; activations are then held to the batch's sharding, so that weights are
+        gathered and not activations. A mapped batch dimension gets its axes from `jax.vmap(spmd_axis_name=...)`.
 
     Raises:
       ValueError: a value is not among the above.
@@ -33,6 +37,7 @@ class Execution:
     remat: str = "none"
     attention: str = "auto"
     layers: str = "scan"
+    mesh: jax.sharding.Mesh | None = None
 
     def __post_init__(self) -> None:
         choices = {"dtype": ("float32", "bfloat16"), "remat": ("none", *_POLICIES), "layers": ("scan", "loop")}
@@ -59,7 +64,8 @@ def run_layers(layers: Any, x: jax.Array, *shared: Any, execution: Execution) ->
     Returns:
       [B, S, H], the output of the last layer.
     """
-    step = lambda x, layer: (layer(x, *shared), None)
+    pin = functools.partial(_pin, execution.mesh)
+    step = lambda x, layer: (pin(layer(pin(x), *shared)), None)
     if execution.remat != "none":
         # A scan keeps XLA from merging the recomputation with the forward pass; an unrolled loop needs the barrier.
         step = jax.checkpoint(step, policy=_POLICIES[execution.remat], prevent_cse=execution.layers == "loop")
@@ -68,6 +74,12 @@ def run_layers(layers: Any, x: jax.Array, *shared: Any, execution: Execution) ->
     for layer in _unstack(layers):
         x, _ = step(x, layer)
     return x
+
+
+def _pin(mesh: jax.sharding.Mesh | None, x: jax.Array) -> jax.Array:
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*[None] * x.ndim)))
 
 
 def collect_layers(layers: Any, x: jax.Array, *shared: Any, execution: Execution) -> jax.Array:

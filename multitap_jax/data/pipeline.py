@@ -64,7 +64,7 @@ def prepare(
     *,
     target: str = "score",
     target_range: tuple[float, float] = (0.0, 1.0),
-    max_length: int = 4096,
+    max_length: int = 2048,
 ) -> Prepared:
     """Encodes records for training; a record without a usable target, text or image header goes to `rejected`.
 
@@ -90,7 +90,7 @@ def prepare(
             cells = sum(vision.cells(out.grids[key]) - 1 for key in keys)
             length = len(item.prefix) + cells + len(item.text)
             if length > max_length:
-                raise ValueError(f"the pair has {length} tokens, more than {max_length}")
+                raise ValueError(f"the pair has {length} tokens, more than max_length = {max_length}")
         except (PromptError, ImageError, ValueError, OSError) as error:
             out.rejected.append(Rejected(record.line, record.id, str(error)))
             continue
@@ -141,7 +141,7 @@ class PackedDataset:
         self._data, self._reader, self._vision, self._cells = prepared, reader, vision, cells
         self._on_failure = on_failure
         self._lock = threading.Lock()
-        self.failed: dict[Hashable, str] = {}
+        self._told: set[Hashable] = set()
         numbers: dict[tuple, int] = {}
         groups = [numbers.setdefault((e.images, e.prefix.tobytes()), len(numbers)) for e in prepared.examples]
         self._plan = [
@@ -196,7 +196,7 @@ class PackedDataset:
         )
         return [groups, prefixes], cells, need(cells)
 
-    def _read(self, key: Hashable) -> ImagePatches:
+    def _read(self, key: Hashable, broken: set[Hashable]) -> ImagePatches:
         path = self._data.files[key]
         grid = self._data.grids[key]
         try:
@@ -205,19 +205,21 @@ class PackedDataset:
                 raise ImageError(f"{path}: the picture changed while the run was going on")
             return image
         except (ImageError, OSError) as error:
+            broken.add(key)
             with self._lock:
-                if key not in self.failed and self._on_failure is not None:
+                if key not in self._told and self._on_failure is not None:
                     self._on_failure(str(path), str(error))
-                self.failed[key] = str(error)
+                self._told.add(key)
             return ImagePatches(np.zeros((grid[0] * grid[1], self._vision.features), np.uint8), grid, str(key))
 
     def __getitem__(self, step: int) -> PackedBatch:
         """The batch of one step; NumPy arrays of `shape`."""
         examples = self._examples(self._plan[step])
         (groups, prefixes), cells, _ = self._place(self._plan[step])
-        images = {key: self._read(key) for cell in cells for row in cell.vision for key in row}
-        if self.failed:
-            examples = [e._replace(weight=0.0) if any(k in self.failed for k in e.images) else e for e in examples]
+        broken: set[Hashable] = set()
+        images = {key: self._read(key, broken) for cell in cells for row in cell.vision for key in row}
+        if broken:
+            examples = [e._replace(weight=0.0) if broken.intersection(e.images) else e for e in examples]
         return pack(examples, images, groups, prefixes, cells, self.shape, self._vision)
 
     def record_ids(self, step: int) -> list[str]:

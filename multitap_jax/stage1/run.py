@@ -1,5 +1,6 @@
 """A stage-1 run from files to artefact: records -> packed datasets -> model on a mesh -> loop -> saved artefact."""
 
+import json
 import platform
 import signal
 from dataclasses import dataclass
@@ -74,8 +75,16 @@ def run_training(config: TrainConfig, workdir: str | Path) -> RunResult:
         f"{dataset.efficiency:.0%} of its tokens used"
     )
     result = train(config, workdir, model, dataset, evaluation, mesh=mesh)
+    write_rejected(workdir / "rejected.jsonl", rejected)
+    lost = len({r.id for r in rejected if r.line == 0})
+    if lost:
+        console.print(f"[bold]{lost} pictures broke while they were read[/]; their pairs did not count: rejected.jsonl")
     if not result.finished:
         return RunResult(result, None)
+    provenance = _provenance(config, dataset)
+    if (saved := _finished_before(workdir / "artefact", result, provenance)) is not None:
+        console.print(f"{saved.folder} is from this run and stays as it is")
+        return RunResult(result, saved)
     artefact = Artefact.save(
         workdir / "artefact",
         merge_lora(result.model),
@@ -83,11 +92,19 @@ def run_training(config: TrainConfig, workdir: str | Path) -> RunResult:
         contract=processing.contract,
         overall=Overall(target=config.data.target, target_range=config.data.target_range),
         source=base.name,
-        provenance=_provenance(config, dataset),
+        provenance=provenance,
         overwrite=True,
     )
     console.print(f"saved {artefact.folder}")
     return RunResult(result, artefact)
+
+
+def _finished_before(folder: Path, result: TrainResult, provenance: dict[str, Any]) -> Artefact | None:
+    """The artefact of an earlier end of this run, which may have ridge heads by now; None if there is none."""
+    if result.steps_now or not (folder / MANIFEST).is_file():
+        return None
+    saved = Artefact.open(folder)
+    return saved if saved.manifest.provenance == json.loads(json.dumps(provenance)) else None
 
 
 def _contract(config: TrainConfig, base: Path) -> Contract:
@@ -137,6 +154,7 @@ def _dataset(
         processing.vision,
         target=config.data.target,
         target_range=config.data.target_range,
+        max_length=config.data.max_length,
     )
     rejected.extend(prepared.rejected)
     source = (config.data.evaluation if held_out else "") or config.data.train
@@ -152,15 +170,17 @@ def _dataset(
         shuffle="none" if held_out else config.data.shuffle,
         row_length=config.data.row_length,
         cells=cells,
+        # A picture has no line of its own; its records are named by the loop's log, the picture by its path.
+        on_failure=lambda path, reason: rejected.append(Rejected(0, path, reason)),
     )
 
 
 def _model(config: TrainConfig, base: Path, mesh: jax.sharding.Mesh) -> RewardModel:
     """Backbone and head on the mesh: an artefact keeps its trained head, a plain model gets a new one."""
     if (base / MANIFEST).is_file():
-        _, model, _ = Artefact.load(base)
+        _, model, _ = Artefact.load(base, shardings=lambda backbone: param_shardings(backbone, mesh))
     else:
-        backbone = load_backbone(base)
+        backbone = load_backbone(base, shardings=lambda backbone: param_shardings(backbone, mesh))
         model = RewardModel(backbone, RewardHead(backbone.config.hidden_size, rngs=nnx.Rngs(config.seed)))
     if config.trainable.parts == "lora":
         add_lora(model, config.trainable, nnx.Rngs(config.seed + 1))

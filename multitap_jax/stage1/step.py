@@ -114,7 +114,7 @@ def make_train_step(
     Metrics, on every device: `loss`, `grad_norm` (before clipping), `lr`, `mean_score`, `pairs`, float32[];
     `finite`, bool[]; `bad`, bool[B, K]: pairs whose logit is not finite.
     """
-    shards = batch_shards(mesh)
+    shards, execution = batch_shards(mesh), dataclasses.replace(execution, mesh=mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(partition, optimizer, mesh))
 
     def loss(trainable: nnx.State, frozen: nnx.State, cell: PackedBatch) -> tuple[jax.Array, tuple[jax.Array, ...]]:
@@ -171,7 +171,7 @@ def make_eval_step(
     partition: Partition, execution: Execution, mesh: Mesh
 ) -> Callable[[nnx.State, nnx.State, PackedBatch], jax.Array]:
     """Compiles `step(trainable, frozen, batch) -> logits float32[B, K]`, on every device."""
-    shards = batch_shards(mesh)
+    shards, execution = batch_shards(mesh), dataclasses.replace(execution, mesh=mesh)
 
     def step(trainable: nnx.State, frozen: nnx.State, batch: PackedBatch) -> jax.Array:
         cells = jax.tree.map(lambda x: x[0], split_cells(batch, shards, 1, partition.merge_size))

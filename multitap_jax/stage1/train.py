@@ -50,7 +50,7 @@ class TrainResult:
     """What the loop left.
 
     Attributes:
-      step: finished steps.
+      step: finished steps. steps_now: those of this call.
       finished: False when SIGTERM stopped the run after a save (the `train` verb then exits with 143 = 128 + 15); the
         same command goes on from there.
       model: the model as trained so far, on its mesh, adapters unmerged.
@@ -58,6 +58,7 @@ class TrainResult:
     """
 
     step: int
+    steps_now: int
     finished: bool
     model: RewardModel
     evaluation: dict[str, Any] | None
@@ -167,7 +168,7 @@ def train(
             checkpoints.wait()
             evaluation = log.evaluations().get(step) if done else None
             display.summary(summary(log, workdir, step, total, clock() - began, step - start))
-    return TrainResult(step, done, split.model(state.trainable), evaluation)
+    return TrainResult(step, step - start, done, split.model(state.trainable), evaluation)
 
 
 def _identity(config: TrainConfig, dataset: Dataset, frozen: int) -> dict[str, Any]:

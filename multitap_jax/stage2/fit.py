@@ -16,6 +16,8 @@ from multitap_jax.stage2.embed import embed_stream, scan
 from multitap_jax.stage2.head import RidgeHead
 from multitap_jax.stage2.store import EmbeddingStore
 
+OFFICIAL_ALPHAS = (1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
+
 
 class Ranges:
     """Lowest and highest rating of each objective, collected while ratings stream by."""
@@ -50,6 +52,8 @@ def make_head(alphas: Sequence[str | float], cv: str | int, selection: str) -> R
         raise ValueError(
             f"--alphas={','.join(map(str, alphas))}: expected positive numbers, such as 0.1,1,10"
         ) from None
+    if selection == "train-mse" and values == "auto":
+        values = list(OFFICIAL_ALPHAS)
     if str(cv) != "gcv" and not str(cv).isdigit():
         raise ValueError(f'--cv={cv}: expected a number of folds or "gcv"')
     return RidgeHead(

@@ -196,7 +196,7 @@ def test_a_file_that_is_no_job_is_left_alone(tmp_path):
     with pytest.raises(JobError, match=r"notes.jsonl: exists, but notes.jsonl.job.json beside it does not"):
         score_file(FakeScorer(), source, output)
     assert output.read_text() == "precious\n"
-    with pytest.raises(JobError, match="is the input"):
+    with pytest.raises(JobError, match="write over its input"):
         score_file(FakeScorer(), source, source)
 
 
