@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 from multitap_jax import cli
 from multitap_jax.demo.checkpoint import build_checkpoint
+from multitap_jax.demo.run import run_demo
 from multitap_jax.demo.texts import OBJECTIVES, vocabulary_sample
 from multitap_jax.demo.world import build_world
 
@@ -126,6 +127,20 @@ def _ids(path: Path) -> list[str]:
     raw = path.read_bytes()
     size = int.from_bytes(raw[:8], "little")
     return json.loads(json.loads(raw[8 : 8 + size])["__metadata__"]["ids"])
+
+
+def test_the_demo_runs_and_goes_on_where_it_stopped(tmp_path, capsys):
+    report = run_demo(tmp_path, scenes=10, caption_steps=2, epochs=1)
+    page = report.read_text()
+    assert page.count("data:image/png;base64") >= 3
+    assert "pictures blanked" in page
+    seconds = json.loads((tmp_path / "phases.json").read_text())["seconds"]
+    run_demo(tmp_path, scenes=10, caption_steps=2, epochs=1)
+    again = json.loads((tmp_path / "phases.json").read_text())["seconds"]
+    assert again == seconds
+    with pytest.raises(ValueError, match="other settings|holds a demo"):
+        run_demo(tmp_path, scenes=11, caption_steps=2, epochs=1)
+    capsys.readouterr()
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)
