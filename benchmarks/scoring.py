@@ -8,7 +8,7 @@ Three ways:
 
   official  one pair a forward, padded to 2,048 tokens, all hidden states and logits (kaist-cvml/MULTI-TAP, behaviour)
   batched   torch by hand: sdpa attention, batches padded to their longest, no logits, last token's hidden state
-  ours      this package: shared prefixes, packed rows, no logits
+  ours      `Scorer.score` of this package: shared prefixes, packed rows, no logits
 
 for one text an image and for six. Printed: pairs/s of each, the ratio of ours to each, and the largest difference of a
 score, which shows that all three compute the same thing. Needs the extra `test` (torch).
@@ -21,20 +21,20 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import numpy as np
 import torch
 from flax import nnx
 from PIL import Image
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
-from multitap_jax.backbones import Execution
-from multitap_jax.data.images import ImageReader
-from multitap_jax.data.packing import Vision
+from multitap_jax import Scorer
+from multitap_jax.data.processing import Contract
 from multitap_jax.data.prompts import Encoded, Prompter
-from multitap_jax.data.stream import Pair, StreamPacker
+from multitap_jax.data.stream import Pair
 from multitap_jax.demo.checkpoint import train_tokenizer
+from multitap_jax.parallel.host import keep_freed_memory
 from multitap_jax.reward import RewardHead, RewardModel
+from multitap_jax.scoring.artefact import Artefact
 from multitap_jax.weights.hub import load_backbone
 
 SIDE = 560
@@ -54,6 +54,8 @@ def make_config(tokenizer) -> Qwen2VLConfig:
         num_key_value_heads=2,
         intermediate_size=1536,
         vocab_size=32000,
+        bos_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
         rms_norm_eps=1e-6,
         rope_scaling={"type": "mrope", "mrope_section": [8, 12, 12]},
         vision_config={"depth": 6, "embed_dim": 256, "num_heads": 4, "hidden_size": 512, "mlp_ratio": 4},
@@ -84,7 +86,7 @@ class Torch:
 
     def __init__(self, model, head_weight: np.ndarray, head_bias: float, prompter: Prompter):
         self.model, self.prompter = model, prompter
-        self.weight, self.bias = torch.from_numpy(head_weight), head_bias
+        self.weight, self.bias = torch.tensor(head_weight), head_bias
         self.processor = Qwen2VLImageProcessorPil(size={"shortest_edge": SIDE * SIDE, "longest_edge": SIDE * SIDE})
 
     def _inputs(self, pairs: list[Pair], length: int | None) -> dict[str, torch.Tensor]:
@@ -132,23 +134,18 @@ class Torch:
         return np.concatenate(out)
 
 
-class Ours:
-    """This side: stream packing and one jitted program a shape."""
+def make_scorer(base: Path, folder: Path, tokenizer, head: RewardHead) -> Scorer:
+    """An artefact of the torch model saved in `base`, opened as a user would."""
+    tokenizer.save_pretrained(base)
+    Qwen2VLImageProcessorPil().save_pretrained(base)
+    contract = Contract(image_policy=f"square:{SIDE}")
+    Artefact.save(folder, RewardModel(load_backbone(base), head), base=base, contract=contract)
+    return Scorer.from_pretrained(folder)
 
-    def __init__(self, folder: Path, head: RewardHead, prompter: Prompter):
-        self.model = RewardModel(load_backbone(folder), head)
-        reader = ImageReader(f"square:{SIDE}", cache_bytes=0)
-        vision = Vision(588, 2, prompter.placeholder_id)
-        self.packer = StreamPacker(prompter, reader, vision, hidden=512, batch_tokens=4096, workers=2)
-        self.forward = jax.jit(lambda model, batch: jax.nn.sigmoid(model(batch, Execution())))
 
-    def score(self, pairs: list[Pair]) -> np.ndarray:
-        """Packs and scores; results in the order of the pairs."""
-        out = np.full(len(pairs), np.nan, np.float32)
-        for batch in self.packer.window(pairs).batches:
-            scores = np.asarray(self.forward(self.model, batch))
-            out[batch.record[batch.record >= 0]] = scores[batch.record >= 0]
-        return out
+def ours(scorer: Scorer, pairs: list[Pair]) -> np.ndarray:
+    """This side."""
+    return scorer.score(images=[p.images[0] for p in pairs], texts=[p.text for p in pairs]).overall
 
 
 def interleaved(ways: dict[str, Callable[[], np.ndarray]], repeats: int) -> dict[str, float]:
@@ -170,6 +167,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="torch threads (jax takes the cores it may use)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()  # as the program does; torch's arrays profit alike
     rng = np.random.default_rng(0)
     tokenizer = train_tokenizer(WORDS)
     prompter = Prompter(tokenizer, "official-train")
@@ -177,27 +175,29 @@ def main() -> None:
     model = Qwen2VLForConditionalGeneration._from_config(make_config(tokenizer), attn_implementation="sdpa").eval()
     head = RewardHead(512, rngs=nnx.Rngs(0))
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        ours = Ours(Path(folder), head, prompter)
+        base = Path(folder) / "base"
+        model.save_pretrained(base)
+        scorer = make_scorer(base, Path(folder) / "artefact", tokenizer, head)
     theirs = Torch(model, np.asarray(head.weight[...]), float(head.bias[...]), prompter)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, float32, {args.threads} threads")
     for texts in (1, 6):
         pairs = make_pairs(args.images, texts, rng)
         few = pairs[: args.official_pairs]
-        found = ours.score(pairs)  # compiles
+        found = ours(scorer, pairs)  # compiles
         reference = theirs.batched(pairs)
         worst = max(np.abs(found - reference).max(), np.abs(found[: len(few)] - theirs.official(few)).max())
         ways = {
             "official": lambda few=few: theirs.official(few),
             "batched": lambda pairs=pairs: theirs.batched(pairs),
-            "ours": lambda pairs=pairs: ours.score(pairs),
+            "ours": lambda pairs=pairs: ours(scorer, pairs),
         }
         seconds = interleaved(ways, args.repeats)
         rate = {name: (len(few) if name == "official" else len(pairs)) / s for name, s in seconds.items()}
         print(f"\n{texts} text(s) an image, {len(pairs)} pairs; largest score difference {worst:.1e}")
         for name, value in rate.items():
-            print(f"  {name:9s} {value:8.2f} pairs/s   ours / {name}: {rate['ours'] / value:6.1f}x")
-    print(f"\nshapes compiled: {len(ours.packer.book.shapes)}")
+            ratio = "" if name == "ours" else f"   ours / {name}: {rate['ours'] / value:6.2f}x"
+            print(f"  {name:9s} {value:8.2f} pairs/s{ratio}")
+    print(f"\nshapes compiled: {scorer.num_shapes}")
 
 
 if __name__ == "__main__":

@@ -98,7 +98,8 @@ class Checkpoints:
           target: the state as `jax.ShapeDtypeStruct`s with shardings; the checkpoint may be of another mesh.
 
         Raises:
-          CheckpointError: the checkpoint is of another run (`identity` or parameters differ), or all are damaged.
+          CheckpointError: the checkpoint is of another run (`identity` or parameters differ), cannot be read for a
+            reason outside it (permissions, too many open files, no memory left), or all are damaged.
         """
         steps = self.steps()
         damaged = []
@@ -110,6 +111,11 @@ class Checkpoints:
             except (CheckpointError, MemoryError):
                 raise
             except Exception as error:  # whatever a damaged file makes orbax, tensorstore or json raise
+                if _says_nothing_of_damage(error):
+                    raise CheckpointError(
+                        f"{self._folder / str(step)} could not be read now, which need not mean damage: {error}; "
+                        "nothing was changed, put the cause right and run the same command again"
+                    ) from error
                 reason = (str(error) or type(error).__name__).splitlines()[0][:200]
                 self._report(f"checkpoint {self._folder / str(step)} is damaged and was skipped: {reason}")
                 damaged.append(step)
@@ -178,6 +184,17 @@ class Checkpoints:
                 (self._folder / str(step)).rename(aside)
         barrier("checkpoints set aside")
         self._manager.reload()
+
+
+# Status names in tensorstore's and XLA's messages that speak of the moment and not of the file.
+_OF_THE_MOMENT = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "CANCELLED")
+
+
+def _says_nothing_of_damage(error: Exception) -> bool:
+    """Whether a good checkpoint may raise this; a file that is missing or is no file is damage."""
+    if isinstance(error, OSError):
+        return not isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+    return any(status in str(error) for status in _OF_THE_MOMENT)
 
 
 def checksum(tree: Any) -> int:

@@ -189,3 +189,22 @@ def test_the_checksum_knows_bits_and_names_but_not_the_mesh():
     assert checksum(one) != checksum({**one, "step": one["step"] + 1})
     assert checksum(one) != checksum({("other" if k == "half" else k): v for k, v in one.items()})
     assert checksum({}) == 0
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "denied"), OSError(24, "too many files"), ValueError("RESOURCE_EXHAUSTED: no memory")]
+)
+def test_an_error_of_the_moment_condemns_no_checkpoint(folder, monkeypatch, error):
+    checkpoints = Checkpoints(folder, keep=3, identity=IDENTITY)
+
+    def fail(*arguments):
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints, "_load", fail)
+        with pytest.raises(CheckpointError, match="need not mean damage"):
+            checkpoints.restore(abstract(state(0)))
+    step, found = checkpoints.restore(abstract(state(0)))
+    assert step == 4
+    assert_same(found, state(4))
+    checkpoints.close()

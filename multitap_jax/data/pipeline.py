@@ -153,7 +153,7 @@ class PackedDataset:
         self.pairs_per_step = batch_size
         self._patches = {key: rows * columns for key, (rows, columns) in prepared.grids.items()}
         self._vision_length = vision_length(self._patches, vision.merge**2)
-        self._row_length = row_length or self._choose_row_length(hidden)
+        self._row_length = self._choose_row_length(hidden, row_length)
         needs = [self._place(step)[2] for step in self._plan]
         self.shape = Shape(
             rows=round_up(max(n.rows for n in needs)) * cells,
@@ -164,13 +164,22 @@ class PackedDataset:
         )
         self.fingerprint = self._hash(batch_size, epochs, seed, shuffle)
 
-    def _choose_row_length(self, hidden: int) -> int:
-        sample = self._plan[: max(1, len(self._plan) // 8)][:16]
-        groups = [g for step in sample for g in group_examples(self._examples(step), self._data.grids, self._vision)[0]]
-        longest = max(
+    def _choose_row_length(self, hidden: int, wanted: int) -> int:
+        sizes = [
             len(e.prefix) + len(e.text) + sum(self._vision.cells(self._data.grids[k]) - 1 for k in e.images)
             for e in self._data.examples
-        )
+        ]
+        longest = max(sizes)
+        if wanted:
+            if wanted < longest:
+                name = self._data.ids[sizes.index(longest)]
+                raise ValueError(
+                    f"config.data.row_length = {wanted}, but record {name!r} alone has {longest} tokens; "
+                    "raise it, or give 0 to have it chosen"
+                )
+            return wanted
+        sample = self._plan[: max(1, len(self._plan) // 8)][:16]
+        groups = [g for step in sample for g in group_examples(self._examples(step), self._data.grids, self._vision)[0]]
         return next(n for n in ROW_LENGTHS if n >= max(longest, choose_row_length(groups, hidden, limit=4096)))
 
     def _hash(self, batch_size: int, epochs: int, seed: int, shuffle: str) -> str:

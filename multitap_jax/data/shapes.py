@@ -5,23 +5,27 @@ share of attention, whose cost grows with the row: tokens * (1 + length / (6 * h
 24 H^2 per token outside attention and 4 S H inside it, counting a multiply-add as two).
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import replace
 
 from multitap_jax.data.packing import Shape
 from multitap_jax.data.placement import Group, need, place
 
-ROW_LENGTHS = tuple(sorted(base * 2**i for base in (64, 96) for i in range(12)))
+ROW_LENGTHS = tuple(sorted(base * 2**i for base in (64, 80, 96, 112) for i in range(12)))
 WASTE = 1.25
+STICKY = 1.1  # a row length already compiled is taken unless another saves a tenth
 LIMIT = 12  # shapes of one row length after which waste no longer counts
 SAMPLE = 128  # groups that suffice to choose a row length
 
 
-def round_up(value: int) -> int:
-    """The next number of the ladder 0 1 2 3 4 5 6 7 8 10 12 14 16 20 24 28 32 ...: at most a quarter more."""
-    if value <= 8:
+def round_up(value: int, fineness: int = 4) -> int:
+    """The next number of a ladder with `fineness` steps an octave (0 ... 8 10 12 14 16 20 24 28 32 ... for 4).
+
+    At most 1 / `fineness` more than `value`.
+    """
+    if value <= 2 * fineness:
         return value
-    step = 1 << (value.bit_length() - 3)
+    step = 1 << (value.bit_length() - fineness.bit_length())
     return -(-value // step) * step
 
 
@@ -31,8 +35,8 @@ def texts_per_row(row_length: int) -> int:
 
 
 def vision_length(patches: Mapping[Hashable, int], multiple: int = 4) -> int:
-    """P, the patches of a vision row: the largest image, rounded up the ladder in steps of `multiple`."""
-    return round_up(-(-max(patches.values(), default=0) // multiple)) * multiple
+    """P, the patches of a vision row: the largest image, rounded up a fine ladder (attention grows with its square)."""
+    return round_up(-(-max(patches.values(), default=0) // multiple), fineness=32) * multiple
 
 
 def row_cost(row_length: int, hidden: int) -> float:
@@ -40,8 +44,18 @@ def row_cost(row_length: int, hidden: int) -> float:
     return row_length * (1.0 + row_length / (6.0 * hidden))
 
 
-def choose_row_length(groups: Sequence[Group], hidden: int, limit: int) -> int:
-    """The cheapest row length of the ladder for these groups, at most `limit` (unless a single pair needs more)."""
+def choose_row_length(groups: Sequence[Group], hidden: int, limit: int, known: Collection[int] = ()) -> int:
+    """The cheapest row length of the ladder for these groups.
+
+    Args:
+      groups: what the rows will hold; a sample of them is placed.
+      hidden: hidden size of the decoder, for the cost of a row.
+      limit: longest row, unless a single pair needs more.
+      known: row lengths that programs exist for; one of them is kept unless another saves a tenth.
+
+    Raises:
+      ValueError: for a pair longer than the longest row of the ladder.
+    """
     longest = max(g.prefix + size for g in groups for _, size in g.texts)
     fitting = [n for n in ROW_LENGTHS if n >= longest]
     if not fitting:
@@ -59,14 +73,17 @@ def choose_row_length(groups: Sequence[Group], hidden: int, limit: int) -> int:
         )
         return need(cells).rows * row_cost(length, hidden)
 
-    return min(candidates, key=lambda n: (cost(n), n))
+    costs = {length: cost(length) for length in candidates}
+    best = min(candidates, key=lambda n: (costs[n], n))
+    kept = min(costs.keys() & set(known), key=lambda n: (costs[n], n), default=best)
+    return kept if costs[kept] <= STICKY * costs[best] else best
 
 
 class ShapeBook:
     """Remembers the shapes in use and hands out the cheapest that fits, adding one only where it saves a quarter.
 
     Their number is bounded: from `LIMIT` shapes of a row length on, one is added only where none fits, and then with
-    its rows and vision rows rounded up to powers of two.
+    its rows, vision rows and patches rounded up to powers of two.
 
     Args:
       hidden: hidden size of the decoder, for the cost of a row.
@@ -99,14 +116,15 @@ class ShapeBook:
             if s.rows >= wanted.rows
             and s.tokens == wanted.tokens
             and s.vision_rows >= wanted.vision_rows
-            and (s.patches == wanted.patches or not wanted.vision_rows)
+            and s.patches >= wanted.patches
         ]
         best = min(fitting, key=self._cost, default=None)
         crowded = sum(s.tokens == wanted.tokens for s in self.shapes) >= LIMIT
         if best is not None and (crowded or self._cost(best) <= WASTE * self._cost(wanted)):
             return best
         if crowded:
-            wanted = replace(wanted, rows=_power_of_two(wanted.rows), vision_rows=_power_of_two(wanted.vision_rows))
+            bounded = {name: _power_of_two(getattr(wanted, name)) for name in ("rows", "vision_rows", "patches")}
+            wanted = replace(wanted, **bounded)
         self.shapes.append(wanted)
         return wanted
 

@@ -36,12 +36,14 @@ class Window:
       errors: why a pair cannot be scored, or None; parallel to the pairs, as are the next two.
       n_tokens: tokens of the pair scored alone: prefix, image tokens and text.
       truncated: whether the tail of its text was cut.
+      pictures: content key of the first picture of each pair, None without one or with an error.
       batches: packed batches; `PackedBatch.record` indexes the pairs of the window.
     """
 
     errors: list[str | None]
     n_tokens: list[int]
     truncated: list[bool]
+    pictures: list[str | None]
     batches: Iterator[PackedBatch] = field(default_factory=lambda: iter(()))
 
 
@@ -85,7 +87,7 @@ class StreamPacker:
     def window(self, pairs: Sequence[Pair]) -> Window:
         """Prepares a window; its batches are packed as they are asked for."""
         images, failures = self._decode(pairs)
-        out = Window([None] * len(pairs), [0] * len(pairs), [False] * len(pairs))
+        out = Window([None] * len(pairs), [0] * len(pairs), [False] * len(pairs), [None] * len(pairs))
         encoded = self._prompter.encode(
             [p.text for p in pairs], [p.request for p in pairs], [len(p.images) for p in pairs]
         )
@@ -104,6 +106,7 @@ class StreamPacker:
             out.errors[index] = error
             if error is None:
                 usable.append(index)
+                out.pictures[index] = images[sources[0]].key if sources else None
         by_key: dict[Hashable, ImagePatches] = {image.key: image for image in images.values()}
         out.batches = self._batches(examples, usable, by_key, grids)
         return out
@@ -167,7 +170,8 @@ class StreamPacker:
         groups, prefixes = self._bounded(*group_examples(examples, grids, self._vision))
         patches = {key: rows * columns for key, (rows, columns) in grids.items()}
         longest = vision_length(patches, self._vision.merge**2)
-        row_length = choose_row_length(groups, self._hidden, limit=max(self.max_length, 4096))
+        known = {shape.tokens for shape in self.book.shapes}
+        row_length = choose_row_length(groups, self._hidden, max(self.max_length, 4096), known)
         lookup = np.asarray([*usable, -1], np.int32)
         for first, last in self._cuts(groups):
             part = groups[first:last]

@@ -44,6 +44,8 @@ class Embeddings:
     Attributes:
       values: float32[N, H], last token's final hidden state; NaN where there is an error.
       logits: float32[N], the reward head's output.
+      pictures: sha256 of the pixels of each pair's first picture as the model sees it, equal for copies under any name;
+        None without a picture or with an error.
     """
 
     values: np.ndarray
@@ -51,6 +53,7 @@ class Embeddings:
     n_tokens: np.ndarray
     truncated: np.ndarray
     errors: list[str | None]
+    pictures: list[str | None]
 
     def raise_errors(self) -> "Embeddings":
         """Itself, where every pair has a hidden state. Raises ScoringError, naming the pairs, where one has none."""
@@ -87,6 +90,7 @@ class Results:
     n_tokens: np.ndarray
     truncated: np.ndarray
     errors: list[str | None]
+    pictures: list[str | None]
 
     @classmethod
     def empty(cls, pairs: int, objectives: int, hidden: int) -> "Results":
@@ -97,6 +101,7 @@ class Results:
             n_tokens=np.zeros(pairs, np.int64),
             truncated=np.zeros(pairs, bool),
             errors=[None] * pairs,
+            pictures=[None] * pairs,
         )
 
     def note(self, start: int, window: Window) -> None:
@@ -104,6 +109,7 @@ class Results:
         self.n_tokens[start:stop] = window.n_tokens
         self.truncated[start:stop] = window.truncated
         self.errors[start:stop] = window.errors
+        self.pictures[start:stop] = window.pictures
 
     def collect(self, index: np.ndarray, computed: tuple[jax.Array, jax.Array, jax.Array | None]) -> int:
         """Waits for a batch and puts its texts in their places; returns how many."""

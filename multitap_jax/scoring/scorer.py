@@ -179,7 +179,14 @@ class Scorer:
         """Hidden states at the judged token, `values` float32[N, H]: features of stage 2. Arguments: see `score`."""
         pairs = make_pairs(images, texts, requests)
         found = self._run(pairs, True, batch_size, show_progress, truncate)
-        return Embeddings(found.embeddings, found.logits, found.n_tokens, found.truncated, found.errors)
+        return Embeddings(
+            values=found.embeddings,
+            logits=found.logits,
+            n_tokens=found.n_tokens,
+            truncated=found.truncated,
+            errors=found.errors,
+            pictures=found.pictures,
+        )
 
     def rank(self, *, text: str, images: Sequence[Source], request: str | None = None) -> Ranking:
         """Orders images by how well one text fits them."""

@@ -1,7 +1,6 @@
 """Streams records through a frozen model: into an embedding store, or straight into whatever consumes batches."""
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -62,13 +61,10 @@ def scan(path: str | Path, *, allow_outside_root: bool = False) -> tuple[int, tu
     return lines, tuple(names)
 
 
-def embed_stream(
-    scorer: Scorer, items: Iterator[Record | Rejected], objectives: tuple[str, ...], root: Path
-) -> Iterator[Embedded]:
+def embed_stream(scorer: Scorer, items: Iterator[Record | Rejected], objectives: tuple[str, ...]) -> Iterator[Embedded]:
     """Embeds records window by window, in order; those that cannot be embedded come back as rejected.
 
-    `root` is the folder of the records file: groups are named relative to it, so they do not depend on how its path
-    was written.
+    Records of one `group`, or else with the same first picture under any name, stand in one cross-validation fold.
     """
     while window := list(islice(items, WINDOW)):
         records = [item for item in window if isinstance(item, Record)]
@@ -86,7 +82,7 @@ def embed_stream(
             [records[i].id for i in good],
             found.values[good],
             np.asarray(labels, np.float32).reshape(len(good), len(objectives)),
-            [_fold_group(records[i], root) for i in good],
+            [records[i].group or found.pictures[i] or records[i].id for i in good],
             sorted(rejected, key=lambda r: r.line),
         )
 
@@ -130,7 +126,7 @@ def embed_records(
         done = _skip_to(items, EmbeddingStore(folder, allow_partial=True).ids[-1] if rows else None)
         rejected = [r for r in rejected if r.line <= done.line]
         with progress_bar(lines, done.items, enabled=show_progress) as advance:
-            for part in embed_stream(scorer, items, objectives, file.parent):
+            for part in embed_stream(scorer, items, objectives):
                 if part.rejected:
                     rejected += part.rejected
                     write_rejected(folder / REJECTED, rejected)
@@ -158,10 +154,3 @@ def _skip_to(items: Iterator[Record | Rejected], last_id: str | None) -> _Done:
         if isinstance(item, Record) and item.id == last_id:
             return _Done(count, item.line)
     raise ValueError(f"record {last_id!r}, embedded before, is no longer in the input; start in a new folder")
-
-
-def _fold_group(record: Record, root: Path) -> str:
-    """Records of one group, or else of one first picture, stand in the same cross-validation fold."""
-    if record.group or not record.images:
-        return record.group or record.id
-    return os.path.relpath(os.path.realpath(record.images[0]), os.path.realpath(root))

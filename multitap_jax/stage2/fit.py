@@ -102,7 +102,7 @@ def fit_records(
     def parts(advance):
         nonlocal rows
         records = iter_records(file, allow_outside_root=allow_outside_root)
-        for part in embed_stream(scorer, records, names, file.parent):
+        for part in embed_stream(scorer, records, names):
             advance(len(part.ids) + len(part.rejected))
             rejected.extend(part.rejected)
             rows += len(part.ids)

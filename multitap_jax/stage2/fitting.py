@@ -45,7 +45,10 @@ class System(NamedTuple):
 
 
 class Criterion(NamedTuple):
-    """What the choice rests on: `mse` [C, T], `reference` [T] (the best constant), `fold_mse` [Q, C, T], fold paths."""
+    """What the choice rests on: `mse` [C, T], `reference` [T], `fold_mse` [Q, C, T], fold paths.
+
+    The reference is the error of the best constant, or of 0 where there is no intercept.
+    """
 
     mse: np.ndarray
     reference: np.ndarray
@@ -107,7 +110,7 @@ def _criterion(
     paths: list[list[solve.FoldPath]] = []
     for system, group in zip(systems, data.groups, strict=True):
         own, total, which = alphas[:, system.targets], system.total, system.targets
-        reference[which] = solve.label_variance_energy(total) / total.weight
+        reference[which] = system.spectrum.label_energy / total.weight
         if fold_mse is not None:
             if sum(fold.num_rows > 0 for fold in group.folds) < 2:
                 raise DataError(
@@ -122,13 +125,16 @@ def _criterion(
         elif settings.criterion == "gcv":
             mse[:, which] = solve.gcv(system.spectrum, own, settings.fit_intercept)
             n = total.num_rows
-            reference[which] *= total.weight * n / max(n - 1, 1) ** 2  # GCV of the best constant
+            freedom = max(n - int(settings.fit_intercept), 1)
+            reference[which] *= total.weight * n / freedom**2  # GCV of the best constant
             if np.isinf(mse[:, which]).all():
                 raise DataError(f"objective {names[which[0]]}: {n} rows leave GCV no degrees of freedom; use folds")
         else:
             coef, intercept = system.spectrum.solve(own)
             mse[:, which] = solve.squared_error(total, coef, intercept) / total.weight
-    return Criterion(mse, np.where(data.constant, 0.0, reference), fold_mse, paths)
+    if settings.fit_intercept:  # exactly, where sums leave a rounding error
+        reference = np.where(data.constant, 0.0, reference)
+    return Criterion(mse, reference, fold_mse, paths)
 
 
 def _solve(

@@ -180,3 +180,19 @@ def test_truncation_is_asked_for_and_told(records, parts):
 def test_a_window_without_usable_pairs_has_no_batches(parts):
     window = packer(parts).window([Pair((), " ")])
     assert list(window.batches) == []
+
+
+def test_rows_too_short_for_a_record_name_the_setting_and_the_record(records, parts):
+    with pytest.raises(ValueError, match=r"config\.data\.row_length = 16, but record '\d/\d' alone has \d+ tokens"):
+        dataset(records, parts, row_length=16)
+    assert dataset(records, parts, row_length=200).shape.tokens == 200
+
+
+def test_copies_of_a_picture_are_told_by_content(records, parts, tmp_path):
+    copy = tmp_path / "copy.png"
+    copy.write_bytes((tmp_path / "0.png").read_bytes())
+    packer = StreamPacker(*parts, hidden=64)
+    pairs = [Pair((path,), "near") for path in (tmp_path / "0.png", copy, tmp_path / "1.png")]
+    first, second, other = packer.window([*pairs, Pair((), "near"), Pair((tmp_path / "no.png",), "near")]).pictures[:3]
+    assert first == second != other
+    assert packer.window([Pair((), "near"), Pair((tmp_path / "no.png",), "near")]).pictures == [None, None]

@@ -188,6 +188,18 @@ def test_a_constant_objective_predicts_its_constant(rows, per_target):
     np.testing.assert_allclose(head.alpha_[[0, 2]], others.alpha_, rtol=1e-5)
 
 
+@pytest.mark.parametrize("cv", [3, "gcv"])
+def test_without_intercept_a_constant_is_an_objective_like_any_other(cv):
+    x, y = embeddings(MANY)
+    y[:, 1] = 0.7
+    head = RidgeHead([1.0, 100.0], cv=cv, fit_intercept=False).fit(x, y)
+    alpha = float(head.alpha_[1])
+    expected = Ridge(alpha, fit_intercept=False).fit(x.astype(np.float64), y[:, 1].astype(np.float64)).coef_
+    assert np.abs(expected).max() > 0
+    np.testing.assert_allclose(head.coef_[1], expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+    assert head.intercept_[1] == pytest.approx(0.0, abs=1e-6)
+
+
 def test_errors_name_what_is_wrong():
     x, y = embeddings(60)
     broken = x.copy()
