@@ -4,13 +4,21 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO   ?= demo_run
 
-.PHONY: demo test lint install format clean
+.PHONY: demo test test-newest lint install format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/multitap demo --workdir=$(DEMO)
 
 test: $(VENV)/.installed-test lint
 	$(BIN)/python -m pytest -n 2
+
+# The suite on the newest releases of everything, which need a newer Python; without torch, so on the goldens.
+NEWEST ?= python3.13
+test-newest:
+	$(NEWEST) -m venv --clear .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[check]'
+	.venv-newest/bin/python -c 'import jax, flax; print("jax", jax.__version__, "flax", flax.__version__)'
+	.venv-newest/bin/python -m pytest -n 2
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -37,4 +45,4 @@ $(VENV)/.installed-test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) $(DEMO) build *.egg-info
+	rm -rf $(VENV) .venv-newest $(DEMO) build *.egg-info

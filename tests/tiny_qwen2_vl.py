@@ -4,12 +4,20 @@ Weights are drawn so that activations are O(1): the default initialisation (devi
 """
 
 import dataclasses
+import json
+import re
+import zlib
 from pathlib import Path
 
 import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import save_file
 
+from multitap_jax.backbones import from_config
 from multitap_jax.backbones.qwen2_vl_config import CLIP_MEAN, CLIP_STD
 from multitap_jax.batch import PackedBatch
+from multitap_jax.weights import export_tensors
 
 IMAGE = 151
 PATCH_FEATURES = 3 * 14 * 14
@@ -60,8 +68,8 @@ def tiny_config(**changes) -> dict:
 
 
 def torch_model(config: dict, seed: int = 0):
-    """transformers' Qwen2VLForConditionalGeneration in float32 with O(1) activations, in eval mode."""
-    import torch
+    """transformers' Qwen2VLForConditionalGeneration with the weights of `random_weight`, float32, in eval mode."""
+    torch = pytest.importorskip("torch")
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
     torch.set_num_threads(2)
@@ -71,26 +79,32 @@ def torch_model(config: dict, seed: int = 0):
     )
     hf_config._attn_implementation = "sdpa"
     model = Qwen2VLForConditionalGeneration(hf_config).eval()
-    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            noise = torch.randn(weight.shape, generator=generator)
-            if "embed_tokens" in name:
-                weight.copy_(noise)
-            elif weight.ndim > 1:
-                weight.copy_(noise / weight[0].numel() ** 0.5)
-            elif name.endswith("bias"):
-                weight.copy_(0.3 * noise)
-            else:
-                weight.copy_(1 + 0.3 * noise)
+            weight.copy_(torch.from_numpy(random_weight(name, tuple(weight.shape), seed)))
     return model
 
 
-def write_folder(folder: Path, config: dict, seed: int = 0, **options):
-    """Saves a random torch model under `folder` as the hub does; returns the model."""
-    model = torch_model(config, seed)
-    model.save_pretrained(folder, **options)
-    return model
+def random_weight(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """float32 weights that keep activations O(1); the same for a tensor under any of its names."""
+    plain = re.sub(r"^(model\.)?(language_model\.)?", "", name)
+    noise = np.random.default_rng([seed, zlib.crc32(plain.encode())]).standard_normal(shape).astype(np.float32)
+    if "embed_tokens" in name:
+        return noise
+    if len(shape) > 1:
+        return noise / np.float32(np.prod(shape[1:]) ** 0.5)
+    return np.float32(0.3) * noise + np.float32(0 if name.endswith("bias") else 1)
+
+
+def write_folder(folder: Path, config: dict, seed: int = 0) -> Path:
+    """A checkpoint with the weights of `torch_model(config, seed)` under published names, written without torch."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes = {name: value.shape for name, value in export_tensors(from_config(config, rngs=nnx.Rngs(0)))}
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (config["vocab_size"], config["hidden_size"])
+    save_file({name: random_weight(name, shape, seed) for name, shape in shapes.items()}, folder / "model.safetensors")
+    return folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +247,7 @@ def pixel_values(images: list[Image]) -> np.ndarray:
 
 def torch_inputs(groups: list[Group], *, mode: str = "mrope", padding: str = "right") -> dict:
     """Inputs of `Qwen2VLModel` for groups of one text each, one pair a row, padded on the given side."""
-    import torch
+    torch = pytest.importorskip("torch")
 
     sequences = [group.prefix + group.texts[0] for group in groups]
     length = max(map(len, sequences))

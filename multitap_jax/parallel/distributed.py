@@ -1,7 +1,6 @@
-"""Processes of one run: how they find each other, agree on a decision, and share compiled programs."""
+"""Processes of one run: how they find each other, and agree on a decision."""
 
 import os
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -36,11 +35,6 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
             f"MULTITAP_PROCESS_ID (is {index}); or set MULTITAP_COORDINATOR=auto"
         )
     jax.distributed.initialize(coordinator, int(count), int(index))
-
-
-def use_compile_cache(folder: str | Path) -> None:
-    """Keeps compiled programs in `folder`, so that a restarted run does not compile again."""
-    jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def is_main_process() -> bool:

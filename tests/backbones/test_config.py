@@ -2,10 +2,10 @@
 
 import pytest
 from flax import nnx
-from tiny_qwen2_vl import tiny_config
 
 from multitap_jax.backbones import Qwen2VLConfig, UnsupportedModelError, from_config
 from multitap_jax.config import ConfigError
+from tests.tiny_qwen2_vl import tiny_config
 
 
 def test_both_layouts_give_the_same_configuration():

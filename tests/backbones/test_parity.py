@@ -3,11 +3,13 @@
 import jax
 import numpy as np
 import pytest
-import torch
-from tiny_qwen2_vl import Group, pack, random_group, tiny_config, torch_inputs, torch_pooled, write_folder
 
 from multitap_jax.backbones import Execution
 from multitap_jax.weights import load_backbone
+from tests.goldens import CASES, groups
+from tests.tiny_qwen2_vl import pack, tiny_config, torch_inputs, torch_model, torch_pooled, write_folder
+
+torch = pytest.importorskip("torch")
 
 TOLERANCE = 2e-5
 FLOAT32 = Execution()
@@ -16,24 +18,11 @@ FLOAT32 = Execution()
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("qwen2_vl")
-    oracle = write_folder(folder, tiny_config())
-    return oracle, load_backbone(folder)
+    oracle = torch_model(tiny_config())
+    return oracle, load_backbone(write_folder(folder, tiny_config()))
 
 
 forward = jax.jit(lambda model, batch, execution: model(batch, execution), static_argnums=2)
-
-
-def groups(seed: int, grids: list) -> list[Group]:
-    rng = np.random.default_rng(seed)
-    return [random_group(rng, grid, [4 + 3 * index]) for index, grid in enumerate(grids)]
-
-
-CASES = {
-    "text only": [[], []],
-    "one image": [[(4, 6)]],
-    "two images": [[(4, 6), (6, 4)]],
-    "mixed sizes": [[(2, 2)], [(8, 4), (4, 4)], [], [(2, 10)]],
-}
 
 
 @pytest.mark.parametrize("mode", ["mrope", "flat"])

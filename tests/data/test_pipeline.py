@@ -5,7 +5,6 @@ import dataclasses
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_tokenizer import tiny_tokenizer
 
 from multitap_jax.data.images import ImageReader
 from multitap_jax.data.packing import Vision
@@ -13,6 +12,7 @@ from multitap_jax.data.pipeline import PackedDataset, prepare, target_of
 from multitap_jax.data.prompts import Prompter
 from multitap_jax.data.records import Record
 from multitap_jax.data.stream import Pair, StreamPacker
+from tests.tiny_tokenizer import tiny_tokenizer
 
 TEXTS = ["a red ball", "the blue box is far away", "a ball and a box on the left", "near"]
 

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from tiny_tokenizer import tiny_tokenizer
 
 from multitap_jax.data.prompts import VARIANTS, Encoded, Prompter, PromptError, load_tokenizer
+from tests.tiny_tokenizer import tiny_tokenizer
 
 IMAGE = {"type": "image"}
 

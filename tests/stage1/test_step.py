@@ -1,6 +1,7 @@
 """The step: same numbers on any mesh and with any number of micro-batches, compiled once, nothing replicated."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -193,15 +194,34 @@ def test_the_real_backbone_on_a_mesh():
     np.testing.assert_allclose(results[1], results[0], rtol=1e-6)
 
 
-def real_batch(seed: int):
-    toy = toy_batch(seed, rows=4, cells=4)
+def real_batch(seed: int, rows: int = 4, tokens: int = 6):
+    toy = toy_batch(seed, rows=rows, tokens=tokens, cells=rows)
     rng = np.random.default_rng(seed)
     return toy._replace(
-        patches=rng.integers(0, 256, (4, 8, 588)).astype(np.uint8),
-        positions=np.tile(np.arange(6, dtype=np.int32)[None, :, None], (4, 1, 3)),
-        segment=np.tile(np.array([1, 1, 1, 2, 2, 3], np.int32), (4, 1)),
-        prefix=np.ones((4, 6), np.int32),
+        patches=rng.integers(0, 256, (rows, 8, 588)).astype(np.uint8),
+        positions=np.tile(np.arange(tokens, dtype=np.int32)[None, :, None], (rows, 1, 3)),
+        segment=np.tile(np.repeat(np.array([1, 2, 3], np.int32), [tokens - 3, 2, 1]), (rows, 1)),
+        prefix=np.ones((rows, tokens), np.int32),
     )
+
+
+def test_fsdp_gathers_weights_and_never_activations():
+    """Otherwise every device would hold the activations of the whole batch. The length of the rows, 46, tells them."""
+    mesh, length = make_mesh(MESHES["fsdp"]), 46
+    model = RewardModel(
+        from_config(tiny_config(num_hidden_layers=2, vision_depth=1), rngs=nnx.Rngs(0)),
+        RewardHead(64, rngs=nnx.Rngs(1)),
+    )
+    split = partition(jax.device_put(model, param_shardings(model, mesh)), "full")
+    optimizer = make_optimizer(OPTIMIZER, 10)
+    step = make_train_step(split, optimizer, make_schedule(OPTIMIZER, 10), Execution(remat="full"), mesh)
+    batch = shard_batch(real_batch(0, 8, length), mesh)
+    text = step.lower(init_state(split, optimizer, mesh), split.frozen, batch).compile().as_text()
+    # An all-to-all leaves each device with its own share; so the looked-up embeddings go from slices of H to rows.
+    moved = re.findall(r"= \(?(\w+\[[\d,]*\].*?) (all-gather|all-reduce|collective-permute)(?:-start)?\(", text)
+    assert any(kind == "all-gather" for _, kind in moved)
+    floats = [shape for result, _ in moved for shape in re.findall(r"f32\[([\d,]+)\]", result)]
+    assert [shape for shape in floats if str(length) in shape.split(",")] == []
 
 
 def test_the_toy_dataset_repeats_itself():

@@ -12,7 +12,6 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from tiny_qwen2_vl import tiny_config, torch_model
 
 from multitap_jax.weights import (
     FolderError,
@@ -24,6 +23,7 @@ from multitap_jax.weights import (
     save_backbone,
 )
 from multitap_jax.weights.mapping import named_params
+from tests.tiny_qwen2_vl import tiny_config, torch_model
 
 
 @pytest.fixture(scope="module")
