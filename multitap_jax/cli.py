@@ -103,6 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     values = parse(argv[0], argv[1:])
     # Absent settings must not reach out to a model hub; a user who wants that says so by name.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # transformers is here for its tokenizers: its advice to install torch would mislead.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     keep_freed_memory()
     module = importlib.import_module(f"multitap_jax.verbs.{argv[0]}")
     try:

@@ -87,6 +87,7 @@ def test_embed_fit_score_evaluate_export(artefact, world, folder, capsys):
         run("evaluate", f"--scores={scores}", f"--input={world.heldout}", f"--output={report}", "--bootstrap=50") == 0
     )
     assert {"metrics.json"} < {path.name for path in report.iterdir()}
+    assert json.loads((report / "metrics.json").read_text())["dtype"] == "float32"  # noted by `score`
     for layout in ("artefact", "heads", "official"):
         out = folder / "exports" / layout
         assert run("export", f"--checkpoint={artefact}", f"--output={out}", f"--format={layout}") == 0

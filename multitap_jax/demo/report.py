@@ -220,7 +220,13 @@ def plot_loss(train: Sequence[tuple[int, float]], heldout: Sequence[tuple[int, f
         window = max(1, len(losses) // 25)
         sums = np.cumsum(np.concatenate([[0.0], losses]))
         smooth = (sums[window:] - sums[:-window]) / window
-        axes.plot(steps[window - 1 :], smooth, color=_BLUE, linewidth=1.8, label=f"training, mean of {window}")
+        axes.plot(
+            steps[window - 1 :],
+            smooth,
+            color=_BLUE,
+            linewidth=1.8,
+            label="training" + (f", mean of {window}" if window > 1 else ""),
+        )
     if heldout:
         steps, losses = np.array(heldout, float).T
         axes.plot(steps, losses, color=_ORANGE, linewidth=1.8, marker="o", markersize=4, label="held out")

@@ -16,6 +16,7 @@ from multitap_jax.data.records import Record, Rejected, group_keys, iter_records
 from multitap_jax.data.tables import RecordsError, Unreadable, read_jsonl
 from multitap_jax.evaluation.correlation import STATISTICS, Metrics, evaluate_pairs
 from multitap_jax.evaluation.plots import objective_figure, scatter_figure
+from multitap_jax.scoring.journal import sidecar_of
 
 SHOWN = 3  # examples of a problem in the table; the JSON lists all
 
@@ -150,7 +151,7 @@ def evaluate_files(
       target_range: values of the target that map to 0 and 1.
       bootstrap_samples, seed, level: of the intervals; records that share a group or picture are resampled together.
       tolerance: of the accuracy.
-      dtype: of the computation that made the scores, for the report.
+      dtype: of the computation that made the scores, for the report; None takes what `multitap score` noted.
       allow_outside_root: as in `load_records`.
 
     Raises:
@@ -164,6 +165,7 @@ def evaluate_files(
     items = list(iter_records(Path(records_path), allow_outside_root=allow_outside_root, need_images=False))
     records = [item for item in items if isinstance(item, Record)]
     scores = _read_scores(Path(scores_path))
+    dtype = dtype or _noted_dtype(Path(scores_path))
     groups = dict(zip((record.id for record in records), group_keys(records), strict=True))
     options: dict[str, Any] = {"samples": bootstrap_samples, "seed": seed, "level": level, "tolerance": tolerance}
 
@@ -178,9 +180,9 @@ def evaluate_files(
     overall = evaluate_pairs(pred, human, groups=[groups[record.id] for record in rated], **options)
     known = groups.keys() | {item.id for item in items if isinstance(item, Rejected)}
     return EvaluationReport(
-        protocol=_protocol(target, target_range, overall, scores.truncated, dtype or "unknown"),
+        protocol=_protocol(target, target_range, overall, scores.truncated, dtype),
         target=target,
-        dtype=dtype or "unknown",
+        dtype=dtype,
         overall=overall,
         objectives=objectives,
         n_records=len(records),
@@ -195,6 +197,14 @@ def evaluate_files(
         rejected=[item for item in items if isinstance(item, Rejected)],
         points=np.stack([pred, human], axis=1),
     )
+
+
+def _noted_dtype(path: Path) -> str:
+    """The type of computation in the sidecar that `multitap score` leaves beside its output; "unknown" without one."""
+    try:
+        return str(json.loads(sidecar_of(path).read_text("utf-8"))["settings"]["dtype"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "unknown"
 
 
 def _read_scores(path: Path) -> _Scores:
