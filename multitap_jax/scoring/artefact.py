@@ -18,14 +18,14 @@ import numpy as np
 from safetensors.numpy import save as tensors_to_bytes
 
 from multitap_jax.data.processing import Contract
-from multitap_jax.reward import RewardHead, RewardModel
-from multitap_jax.scoring.files import (
+from multitap_jax.files import (
     file_hash,
     json_bytes,
     new_folder,
     tensor_hash,
     write_atomic,
 )
+from multitap_jax.reward import RewardHead, RewardModel
 from multitap_jax.scoring.manifest import (
     HEADS,
     MANIFEST,

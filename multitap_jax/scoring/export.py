@@ -14,9 +14,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from multitap_jax.data.processing import Contract
+from multitap_jax.files import json_bytes, new_folder, tensor_hash
 from multitap_jax.reward import RewardHead, RewardModel
 from multitap_jax.scoring.artefact import CONFIG, Artefact, companion_files
-from multitap_jax.scoring.files import json_bytes, new_folder, tensor_hash
 from multitap_jax.scoring.manifest import HEADS, MANIFEST, ArtefactError
 from multitap_jax.weights.files import INDEX, read_tensors, weight_files, write_folder
 from multitap_jax.weights.hub import load_backbone

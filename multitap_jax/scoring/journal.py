@@ -8,12 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from multitap_jax.scoring.files import json_bytes, sync_folder, write_atomic
-
-try:
-    import fcntl
-except ImportError:  # only POSIX has file locks; elsewhere two jobs on one file are the user's to avoid
-    fcntl = None  # type: ignore[assignment]
+from multitap_jax.files import json_bytes, sync_folder, try_lock, write_atomic
 
 
 class HasId(Protocol):
@@ -69,7 +64,8 @@ class Journal:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
         try:
-            self._lock()
+            if not try_lock(self._file):
+                raise JobError(f"{self.path}: another process is writing it; wait for it or choose another output")
             state = self._check()
             self._state = state or {"format_version": FORMAT_VERSION, **self.identity, "complete": None}
             if state is None:
@@ -159,18 +155,6 @@ class Journal:
     def _write_sidecar(self) -> None:
         write_atomic(self.sidecar, json_bytes(self._state))
         sync_folder(self.path.parent)
-
-    def _lock(self) -> None:
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise JobError(
-                f"{self.path}: another process is writing it; wait for it or choose another output"
-            ) from error
-        except OSError:  # a file system without locks
-            return
 
     def _check(self) -> dict[str, Any] | None:
         """The sidecar's content where it belongs to this job, None for a file that is still to begin."""

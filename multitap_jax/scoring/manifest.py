@@ -8,7 +8,7 @@ from typing import Any
 
 from multitap_jax.config import ConfigError, from_config_dict
 from multitap_jax.data.processing import Contract
-from multitap_jax.scoring.files import canonical_hash
+from multitap_jax.files import canonical_hash
 
 FORMAT_VERSION = 1
 MANIFEST = "multitap.json"

@@ -23,6 +23,7 @@ from multitap_jax.data.records import (
     split_by_group,
     write_rejected,
 )
+from multitap_jax.files import sole_writer
 from multitap_jax.parallel.mesh import make_mesh, param_shardings
 from multitap_jax.reward import RewardHead, RewardModel
 from multitap_jax.scoring.artefact import Artefact
@@ -50,9 +51,13 @@ def run_training(config: TrainConfig, workdir: str | Path) -> RunResult:
 
     Raises:
       ConfigError, RecordsError, WeightError, ImageError, ...: with what is wrong and what to do.
+      FolderInUseError: another run is writing into `workdir`.
     """
-    workdir, console = Path(workdir), Console(stderr=True)
-    workdir.mkdir(parents=True, exist_ok=True)
+    with sole_writer(Path(workdir)):
+        return _run(config, Path(workdir), Console(stderr=True))
+
+
+def _run(config: TrainConfig, workdir: Path, console: Console) -> RunResult:
     if not config.model.checkpoint or not config.data.train:
         missing = "model.checkpoint" if not config.model.checkpoint else "data.train"
         raise ConfigError(f"config.{missing} is empty; give it as --config.{missing}=PATH")

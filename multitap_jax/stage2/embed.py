@@ -18,6 +18,7 @@ from multitap_jax.data.records import (
     write_rejected,
 )
 from multitap_jax.data.tables import find_records_file
+from multitap_jax.files import sole_writer
 from multitap_jax.scoring.journal import input_fingerprint
 from multitap_jax.scoring.progress import progress_bar
 from multitap_jax.scoring.scorer import Scorer
@@ -102,6 +103,7 @@ def embed_records(
     Raises:
       RecordsError: for an unusable file, or when more than `max_rejected` of its lines are.
       StoreError: if `folder` holds embeddings of another model, file or set of objectives.
+      FolderInUseError: if another process is writing into `folder`.
     """
     file, folder = find_records_file(path), Path(folder)
     lines, objectives = scan(file, allow_outside_root=allow_outside_root)
@@ -110,32 +112,33 @@ def embed_records(
         "settings": {**scorer.settings, "truncate": scorer.truncate},
         "outside_root": allow_outside_root,
     }
-    writer = EmbeddingWriter.open_or_resume(
-        folder,
-        hidden_size=scorer.hidden_size,
-        objectives=objectives,
-        model_hash=scorer.artefact.embedding_hash,
-        fingerprint=json.dumps(identity, sort_keys=True),
-        shard_rows=shard_rows,
-    )
-    rows, rejected = writer.rows_done, read_rejected(folder / REJECTED)
-    if writer.complete:
-        return EmbedSummary(rows, len(rejected), folder)
-    with writer:
-        items = iter_records(file, allow_outside_root=allow_outside_root)
-        done = _skip_to(items, EmbeddingStore(folder, allow_partial=True).ids[-1] if rows else None)
-        rejected = [r for r in rejected if r.line <= done.line]
-        with progress_bar(lines, done.items, enabled=show_progress) as advance:
-            for part in embed_stream(scorer, items, objectives):
-                if part.rejected:
-                    rejected += part.rejected
-                    write_rejected(folder / REJECTED, rejected)
-                writer.append(part.ids, part.embeddings, part.labels, part.groups)
-                rows += len(part.ids)
-                advance(len(part.ids) + len(part.rejected))
-                if rows + len(rejected) >= JUDGED_FROM:
-                    check_rejected_share(file, rows, rejected, max_rejected)
-        write_rejected(folder / REJECTED, rejected)
+    with sole_writer(folder):
+        writer = EmbeddingWriter.open_or_resume(
+            folder,
+            hidden_size=scorer.hidden_size,
+            objectives=objectives,
+            model_hash=scorer.artefact.embedding_hash,
+            fingerprint=json.dumps(identity, sort_keys=True),
+            shard_rows=shard_rows,
+        )
+        rows, rejected = writer.rows_done, read_rejected(folder / REJECTED)
+        if writer.complete:
+            return EmbedSummary(rows, len(rejected), folder)
+        with writer:
+            items = iter_records(file, allow_outside_root=allow_outside_root)
+            done = _skip_to(items, EmbeddingStore(folder, allow_partial=True).ids[-1] if rows else None)
+            rejected = [r for r in rejected if r.line <= done.line]
+            with progress_bar(lines, done.items, enabled=show_progress) as advance:
+                for part in embed_stream(scorer, items, objectives):
+                    if part.rejected:
+                        rejected += part.rejected
+                        write_rejected(folder / REJECTED, rejected)
+                    writer.append(part.ids, part.embeddings, part.labels, part.groups)
+                    rows += len(part.ids)
+                    advance(len(part.ids) + len(part.rejected))
+                    if rows + len(rejected) >= JUDGED_FROM:
+                        check_rejected_share(file, rows, rejected, max_rejected)
+            write_rejected(folder / REJECTED, rejected)
     # After the last shard is on disk: what was computed stays, whatever the verdict.
     check_rejected_share(file, rows, rejected, max_rejected)
     return EmbedSummary(rows, len(rejected), folder)

@@ -19,9 +19,10 @@ import safetensors.numpy
 from rich.table import Table
 from rich.text import Text
 
+from multitap_jax.files import write_atomic
 from multitap_jax.stage2.accumulator import Accumulator, DataError, RawBatch, checked_rows
 from multitap_jax.stage2.fitting import Settings, fit_heads
-from multitap_jax.stage2.store import EmbeddingStore, write_atomically
+from multitap_jax.stage2.store import EmbeddingStore
 
 FIT_ROWS = 4096
 
@@ -268,8 +269,8 @@ class RidgeHead:
         file = _head_file(Path(path))
         file.parent.mkdir(parents=True, exist_ok=True)
         arrays = {key: np.ascontiguousarray(value) for key, value in self.to_arrays().items()}
-        write_atomically(file.with_suffix(".json"), json.dumps(self.metadata(), indent=1).encode())
-        write_atomically(file, safetensors.numpy.save(arrays))
+        write_atomic(file.with_suffix(".json"), json.dumps(self.metadata(), indent=1).encode())
+        write_atomic(file, safetensors.numpy.save(arrays))
         return file
 
     @classmethod

@@ -15,8 +15,6 @@ is simply written again.
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
+
+from multitap_jax.files import write_atomic
 
 FORMAT = "multitap-embeddings"
 FORMAT_VERSION = 1
@@ -35,25 +35,6 @@ _STORED = {"F32": np.dtype(np.float32), "BF16": np.dtype(jnp.bfloat16)}
 
 class StoreError(ValueError):
     """An embedding store that cannot be used as asked; the message names the file, the value and the remedy."""
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replaces `path` by `data`; after a crash at any point the file holds either the old bytes or all the new ones."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)  # the new name itself must reach the disk as well
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def shard_name(index: int) -> str:
@@ -230,7 +211,7 @@ class EmbeddingWriter:
             metadata={"ids": json.dumps(self._ids[:rows]), "groups": json.dumps(self._groups[:rows])},
         )
         name = shard_name(len(self._manifest["shards"]))
-        write_atomically(self._folder / name, data)
+        write_atomic(self._folder / name, data)
         self._manifest["shards"].append({"file": name, "rows": rows, "sha256": hashlib.sha256(data).hexdigest()})
         self._manifest["rows"] += rows
         self._manifest["complete"] = self._manifest["rows"] == self._manifest["total"]
@@ -239,7 +220,7 @@ class EmbeddingWriter:
         del self._ids[:rows], self._groups[:rows]
 
     def _write_manifest(self) -> None:
-        write_atomically(self._folder / MANIFEST, json.dumps(self._manifest, indent=1).encode())
+        write_atomic(self._folder / MANIFEST, json.dumps(self._manifest, indent=1).encode())
 
     def close(self) -> None:
         """Commits the rows at hand; a store of unknown total is thereby finished. May be called again."""

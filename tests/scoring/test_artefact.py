@@ -10,9 +10,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from multitap_jax.data.processing import Contract
+from multitap_jax.files import canonical_hash, file_hash, tensor_hash
 from multitap_jax.scoring.artefact import Artefact
 from multitap_jax.scoring.export import export_official, import_official
-from multitap_jax.scoring.files import canonical_hash, file_hash, tensor_hash
 from multitap_jax.scoring.manifest import ArtefactError, Objective, read_manifest
 from multitap_jax.weights.files import FolderError, read_file
 from multitap_jax.weights.mapping import WeightError

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, and hashes that depend on content alone."""
+"""Files that are either whole or absent, that one process writes at a time, and hashes that depend on content alone."""
 
 import contextlib
 import hashlib
@@ -12,6 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+try:
+    import fcntl
+except ImportError:  # only POSIX has file locks; elsewhere two runs on one output are the user's to avoid
+    fcntl = None  # type: ignore[assignment]
 
 
 def canonical_hash(value: Any) -> str:
@@ -62,6 +67,43 @@ def write_atomic(path: Path, content: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def try_lock(descriptor: int) -> bool:
+    """Whether the open file is now this process's alone; the lock ends with the process, however that ends.
+
+    True, too, where there are no locks: not POSIX, or a file system without them.
+    """
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+class FolderInUseError(RuntimeError):
+    """Another process is writing into the folder."""
+
+
+@contextlib.contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Holds a folder, made if need be, against a second run into it; `.lock` inside is what is locked.
+
+    Raises:
+      FolderInUseError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if not try_lock(descriptor):
+            raise FolderInUseError(f"{folder}: another process is writing into it; wait or choose another folder")
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def json_bytes(value: Any) -> bytes:

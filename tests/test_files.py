@@ -1,16 +1,19 @@
 """Folders appear whole or not at all; hashes see content and nothing else."""
 
 import json
+import subprocess
+import sys
 
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from multitap_jax.scoring.files import (
+from multitap_jax.files import (
     canonical_hash,
     file_hash,
     new_folder,
+    sole_writer,
     tensor_hash,
     write_atomic,
 )
@@ -111,3 +114,15 @@ def test_only_what_may_be_replaced_is_replaced(tmp_path):
 def test_file_hash_is_sha256(tmp_path):
     (tmp_path / "f").write_text(json.dumps({}))
     assert file_hash(tmp_path / "f") == "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
+
+
+def test_a_folder_has_one_writer_at_a_time(tmp_path):
+    folder = tmp_path / "run"
+    code = "import sys; from pathlib import Path; from multitap_jax.files import sole_writer\n"
+    code += f"with sole_writer(Path({str(folder)!r})): pass"
+    attempt = lambda: subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    with sole_writer(folder):
+        other = attempt()
+        assert other.returncode != 0
+        assert f"{folder}: another process is writing into it" in other.stderr
+    assert attempt().returncode == 0
