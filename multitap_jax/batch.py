@@ -3,6 +3,7 @@
 Letter legend, used in every docstring and einsum of the package:
   B rows        S tokens a row       K texts a row at most      R vision rows     P patches a vision row
   F uint8 values of a patch (channels * patch * patch)          m merge size (2)  H hidden size of the decoder
+  I images a row may see, for backbones that keep their features out of the row
   N pairs       T objectives         L layers                   A query heads     G key/value heads   D head dim
 
 A row holds several *groups*, each laid out once as  [prefix][text 1][text 2]...  (DESIGN 3.2): the prefix is the
@@ -36,7 +37,9 @@ class PackedBatch(NamedTuple):
       record: int32[B, K], index of the record within the step; -1 where there is none.
       target: float32[B, K], human score in [0, 1]; 0 where there is none.
       weight: float32[B, K], 1 for a pair that counts in the loss, 0 otherwise.
-      patches: uint8[R, P, F], raw pixel values in the processor's block-major patch order, features (C, ph, pw).
+      image_token: int32[B, I], columns of a row's image tokens, -1 where there is none, for backbones that keep image
+        features out of the row (`image_cell` there names the image they see); I = 0 for all others.
+      patches: uint8[R, P, F], raw pixel values in the layout's patch order, features (C, ph, pw).
       patch_position: int32[R, P, 2], (row, column) of the patch in its image.
       patch_segment: int32[R, P], id of the image within the vision row, from 1; 0 is padding.
     """
@@ -50,6 +53,7 @@ class PackedBatch(NamedTuple):
     record: Array
     target: Array
     weight: Array
+    image_token: Array
     patches: Array
     patch_position: Array
     patch_segment: Array

@@ -1,4 +1,4 @@
-"""Arithmetic of a Qwen2-VL step, and how much of a device's peak it uses (MFU).
+"""Arithmetic of a step, and how much of a device's peak it uses (MFU).
 
 Only useful work counts: no padding, no recomputation (remat), no optimizer. A product of [n, a] and [a, b] is 2 n a b.
 
@@ -7,7 +7,8 @@ Only useful work counts: no padding, no recomputation (remat), no optimizer. A p
   vision, per patch and layer      2 (4 E^2 + 2 E V)                        qkv and out, MLP of inner size V
   vision, per visible pair, layer  4 E
   vision, per patch                2 F E                                    patch embedding (frames folded)
-  merger, per cell of m^2 patches  2 ((m^2 E)^2 + m^2 E H)
+  and what joins the tower to the decoder, which each family's `vision_flops` adds (Qwen2-VL's merger, per cell of m^2
+  patches: 2 ((m^2 E)^2 + m^2 E H))
 
 Causal attention counts what is visible, about half of S^2. A backward pass is twice a forward pass where weights learn
 and once where only activations need gradients; so training everything costs 3 forward passes.
@@ -88,19 +89,14 @@ def forward_flops(config: Any, work: Work) -> Flops:
     """Forward FLOPs of `work` by the formula above.
 
     Args:
-      config: a `Qwen2VLConfig`, or anything with its field names.
+      config: of a backbone: `text` (a `DecoderConfig`) and `vision_flops`.
       work: from `count_work`.
     """
-    hidden, inner = config.hidden_size, config.intermediate_size
-    heads, groups = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    per_token = 2 * (2 * hidden * heads + 2 * hidden * groups + 3 * hidden * inner)
-    decoder = config.num_layers * (work.tokens * per_token + work.token_pairs * 4 * heads)
-    size, wide = config.vision_size, config.vision_intermediate_size
-    per_patch = 2 * (4 * size**2 + 2 * size * wide)
-    vision = config.vision_layers * (work.patches * per_patch + work.patch_pairs * 4 * size)
-    vision += work.patches * 2 * config.patch_features * size
-    cell = config.merge_size**2
-    vision += work.patches // cell * 2 * ((cell * size) ** 2 + cell * size * hidden)
+    text = config.text
+    heads, groups = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
+    per_token = 2 * text.hidden_size * (2 * heads + 2 * groups + 3 * text.intermediate_size)
+    decoder = text.num_layers * (work.tokens * per_token + work.token_pairs * 4 * heads)
+    vision = config.vision_flops(work.patches, work.patch_pairs)
     return Flops(float(decoder), float(vision))
 
 

@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from multitap_jax.backbones.attention import visible
-from multitap_jax.backbones.qwen2_vl_config import Qwen2VLConfig
+from multitap_jax.backbones.attention import Keys, Queries, visible
+from multitap_jax.backbones.qwen2_vl import Qwen2VLConfig
 from multitap_jax.batch import PackedBatch
 from multitap_jax.flops import Work, count_work, forward_flops, mfu, peak_flops, train_flops
 from tests.stage1.toy import toy_batch
@@ -22,17 +22,18 @@ def packed() -> PackedBatch:
 
 def test_work_is_what_the_mask_lets_through():
     batch = packed()
-    column = np.arange(10)
-    mask = np.asarray(visible(batch.segment, batch.prefix, column, batch.segment, column, True))
+    column = np.broadcast_to(np.arange(10), batch.segment.shape)
+    mask = np.asarray(visible(Queries(batch.segment, batch.prefix, column), Keys(batch.segment, column)))
     assert count_work(batch) == Work(12, int(mask.sum()), 12, 4**2 + 8**2, 20)
 
 
 def test_the_parameters_of_a_2b_model_give_its_flops():
     """Without attention, a token costs twice the decoder's matrix entries."""
-    config = Qwen2VLConfig.from_hf(tiny_config(num_hidden_layers=5))
+    hf = Qwen2VLConfig.from_hf(tiny_config(num_hidden_layers=5))
+    config = hf.text
     work = Work(7, 0, 0, 0, 7)
     h, i, kv = config.hidden_size, config.intermediate_size, config.num_kv_heads * config.head_dim
-    assert forward_flops(config, work).total == 2 * 7 * 5 * (2 * h * h + 2 * h * kv + 3 * h * i)
+    assert forward_flops(hf, work).total == 2 * 7 * 5 * (2 * h * h + 2 * h * kv + 3 * h * i)
 
 
 def test_the_compiler_counts_the_same():
@@ -40,7 +41,8 @@ def test_the_compiler_counts_the_same():
     import jax
     from flax import nnx
 
-    from multitap_jax.backbones import Execution, from_config
+    from multitap_jax.backbones import Execution
+    from multitap_jax.families import from_config
 
     hf = tiny_config(num_hidden_layers=1, vision_depth=1, hidden_size=128, intermediate_size=512)
     hf["rope_scaling"] = {"type": "mrope", "mrope_section": [4, 6, 6]}

@@ -14,10 +14,10 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from multitap_jax.backbones import from_config
-from multitap_jax.backbones.qwen2_vl_config import CLIP_MEAN, CLIP_STD
+from multitap_jax.backbones.vision import CLIP_MEAN, CLIP_STD
 from multitap_jax.batch import PackedBatch
-from multitap_jax.weights import export_tensors
+from multitap_jax.families import from_config
+from multitap_jax.weights.hub import export_tensors
 
 IMAGE = 151
 PATCH_FEATURES = 3 * 14 * 14
@@ -197,6 +197,7 @@ def pack(
         record=np.full((len(rows), pools), -1, np.int32),
         target=np.zeros((len(rows), pools), np.float32),
         weight=np.zeros((len(rows), pools), np.float32),
+        image_token=np.full((len(rows), 0), -1, np.int32),
         patches=np.zeros((vision_rows, vision_length, PATCH_FEATURES), np.uint8),
         patch_position=np.zeros((vision_rows, vision_length, 2), np.int32),
         patch_segment=np.zeros((vision_rows, vision_length), np.int32),

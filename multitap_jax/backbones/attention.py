@@ -2,20 +2,24 @@
 
 The rule is the one of `batch.py`: query `q` sees key `k` of its row when
 
-    segment[q] > 0  and  (segment[k] == segment[q] or segment[k] == prefix[q])  and  (k <= q, where causal)
+    segment[q] > 0  and  (segment[k] == segment[q] or segment[k] == prefix[q])  and  column[k] <= column[q]
 
-Every backend honours exactly this rule or refuses. A query that sees nothing (padding) gets a finite value and a zero
-or finite gradient, never NaN. Scores and softmax are float32 whatever the type of the inputs.
+In self-attention a token has the same segment and column as a query and as a key; where they differ (a token that sees
+an image, padding that is seen but does not see itself) they are given apart. Every backend honours exactly this rule or
+refuses. A query that sees nothing (padding) gets a finite value and a zero or finite gradient, never NaN. Scores and
+softmax are float32 whatever the type of the inputs.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from multitap_jax.backbones.layers import matmul_precision
+from multitap_jax.batch import Array
 
 # Finite, so that a row without any visible key stays finite; far below every real score.
 MASKED_SCORE = -1e30
@@ -31,49 +35,51 @@ class UnsupportedAttentionError(ValueError):
     """The attention backend does not exist or cannot honour the mask rule."""
 
 
+class Queries(NamedTuple):
+    """What the rule asks of queries: their run (0 sees nothing), the other run they see, their column; int32[B, Sq]."""
+
+    segment: Array
+    prefix: Array
+    column: Array
+
+
+class Keys(NamedTuple):
+    """What the rule asks of keys: their run, and the column from which on queries see them; int32[B, Sk]."""
+
+    segment: Array
+    column: Array
+
+
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("segment", "prefix", "mask"), meta_fields=("causal", "backend")
+    jax.tree_util.register_dataclass, data_fields=("queries", "keys", "mask"), meta_fields=("ordered", "backend")
 )
 @dataclasses.dataclass(frozen=True)
 class Visibility:
     """Who sees whom, prepared once a forward pass and shared by all layers of a stack.
 
     Attributes:
-      segment: int32[B, S], run of each token, 0 for padding.
-      prefix: int32[B, S], the other run it sees.
-      mask: bool[B, S, S] (query, key) for a backend that reads the whole mask, None for the others.
-      causal: whether a key may not come after its query.
+      queries, keys: what the rule asks of them.
+      mask: bool[B, Sq, Sk] for a backend that reads the whole mask, None for the others.
+      ordered: queries and keys are the same tokens and their columns count them, so late keys may be left out.
       backend: name of the backend that computes attention under it.
     """
 
-    segment: jax.Array
-    prefix: jax.Array
+    queries: Queries
+    keys: Keys
     mask: jax.Array | None
-    causal: bool
+    ordered: bool
     backend: str
 
 
-def visible(
-    segment_q: jax.Array,
-    prefix_q: jax.Array,
-    column_q: jax.Array,
-    segment_k: jax.Array,
-    column_k: jax.Array,
-    causal: bool,
-) -> jax.Array:
-    """The mask rule: bool[B, Sq, Sk] from int32[B, Sq] and int32[B, Sk] ids and the columns int32[Sq], int32[Sk]."""
-    segment_q, prefix_q = segment_q[:, :, None], prefix_q[:, :, None]
-    segment_k = segment_k[:, None, :]
-    seen = (segment_q > 0) & ((segment_k == segment_q) | (segment_k == prefix_q))
-    if causal:
-        seen &= (column_k[None, :] <= column_q[:, None])[None]
-    return seen
+def visible(queries: Queries, keys: Keys) -> jax.Array:
+    """The mask rule: bool[B, Sq, Sk]."""
+    segment = keys.segment[:, None, :]
+    seen = (segment == queries.segment[:, :, None]) | (segment == queries.prefix[:, :, None])
+    return seen & (queries.segment > 0)[:, :, None] & (keys.column[:, None, :] <= queries.column[:, :, None])
 
 
-def make_visibility(
-    segment: jax.Array, prefix: jax.Array | None = None, *, causal: bool, backend: str = "dense"
-) -> Visibility:
-    """Prepares the mask for `attention`.
+def make_visibility(segment: Array, prefix: Array | None = None, *, causal: bool, backend: str = "dense") -> Visibility:
+    """Prepares the mask of self-attention.
 
     Args:
       segment: int32[B, S], run ids; 0 is padding.
@@ -84,29 +90,42 @@ def make_visibility(
     Raises:
       UnsupportedAttentionError: there is no such backend.
     """
+    segment = jnp.asarray(segment)
+    column = jnp.arange(segment.shape[1], dtype=jnp.int32) if causal else jnp.zeros(segment.shape[1], jnp.int32)
+    column = jnp.broadcast_to(column[None], segment.shape)
+    queries = Queries(segment, segment if prefix is None else jnp.asarray(prefix), column)
+    return _prepare(queries, Keys(segment, column), causal, backend)
+
+
+def make_cross_visibility(queries: Queries, keys: Keys, *, backend: str = "dense") -> Visibility:
+    """Prepares the mask of queries and keys that are not the same tokens, or not under the same ids.
+
+    Raises:
+      UnsupportedAttentionError: there is no such backend.
+    """
+    return _prepare(Queries(*map(jnp.asarray, queries)), Keys(*map(jnp.asarray, keys)), False, backend)
+
+
+def _prepare(queries: Queries, keys: Keys, ordered: bool, backend: str) -> Visibility:
     check_backend(backend)
     if backend == AUTO:
-        long = segment.shape[1] >= CHUNKED_FROM
+        long = queries.segment.shape[1] >= CHUNKED_FROM
         backend = "chunked" if long and jax.default_backend() == "cpu" else "dense"
-    prefix = segment if prefix is None else prefix
-    mask = None
-    if backend == "dense":
-        column = jnp.arange(segment.shape[1])
-        mask = visible(segment, prefix, column, segment, column, causal)
-    return Visibility(segment, prefix, mask, causal, backend)
+    mask = visible(queries, keys) if backend == "dense" else None
+    return Visibility(queries, keys, mask, ordered, backend)
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility) -> jax.Array:
     """Scaled dot-product attention with grouped keys and values; query head a uses key head a // (A / G).
 
     Args:
-      q: [B, S, A, D].
-      k: [B, S, G, D], with A a multiple of G; keys are never repeated in memory.
-      v: [B, S, G, D].
-      visibility: from `make_visibility`.
+      q: [B, Sq, A, D].
+      k: [B, Sk, G, D], with A a multiple of G; keys are never repeated in memory.
+      v: [B, Sk, G, D].
+      visibility: from `make_visibility` or `make_cross_visibility`.
 
     Returns:
-      [B, S, A, D] in the type of `q`.
+      [B, Sq, A, D] in the type of `q`.
     """
     rows, length, heads, dim = q.shape
     groups = k.shape[2]
@@ -152,50 +171,46 @@ def _chunked(q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility) -
     On a CPU this is several times faster than scores of all pairs at once, which go through memory. The body is
     rematerialised: the backward pass keeps no scores either.
     """
-    length, dim = q.shape[1], q.shape[-1]
+    length, dim, keys = q.shape[1], q.shape[-1], k.shape[1]
     count = -(-length * q.shape[3] // CHUNK)
     size = -(-length // count)
 
-    def split(x: jax.Array) -> jax.Array:  # [B, S, ...] -> [B, count, size, ...], the tail padded with segment 0
+    def split(x: jax.Array) -> jax.Array:  # [B, Sq, ...] -> [B, count, size, ...], the tail padded with segment 0
         x = jnp.pad(x, [(0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 2))
         return x.reshape(x.shape[0], count, size, *x.shape[2:])
 
-    columns = jnp.arange(length)
-    blocks = (jnp.arange(count), split(visibility.segment), split(visibility.prefix))
-
     def row(parts):
-        q, k, v, segment_q, prefix_q, segment_k = parts  # q [G, count, size, Q, D]; k, v [G, S, D]
+        q, k, v, queries, keyed = parts  # q [G, count, size, Q, D]; k, v [G, Sk, D]; queries [count, size]; keyed [Sk]
 
         def head(parts):
             q, k, v = parts
 
             @jax.checkpoint
             def block(parts):
-                index, q, segment_q, prefix_q = parts
-                at = index * size + jnp.arange(size)
-                mask = visible(segment_q[None], prefix_q[None], at, segment_k[None], columns, visibility.causal)[0]
+                q, queries = parts
+                mask = visible(*jax.tree.map(lambda x: x[None], (queries, keyed)))[0]
                 precision = matmul_precision(q.dtype)
                 scores = jnp.matmul(
                     q.reshape(-1, dim), k.T, preferred_element_type=jnp.float32, precision=precision
-                ).reshape(size, -1, length)
+                ).reshape(size, -1, keys)
                 scores = jnp.where(mask[:, None], scores * dim**-0.5, MASKED_SCORE)
                 weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
                 total = weights.sum(axis=-1, keepdims=True)
                 mixed = jnp.matmul(
-                    weights.astype(v.dtype).reshape(-1, length),
+                    weights.astype(v.dtype).reshape(-1, keys),
                     v,
                     preferred_element_type=jnp.float32,
                     precision=precision,
                 )
                 return mixed.reshape(size, -1, dim) / total
 
-            return jax.lax.map(block, (blocks[0], q, segment_q, prefix_q))
+            return jax.lax.map(block, (q, queries))
 
         return jax.lax.map(head, (q, k, v))
 
     grouped = jnp.transpose(split(q), (0, 3, 1, 2, 4, 5))
     by_head = (jnp.transpose(x, (0, 2, 1, 3)) for x in (k, v))
-    out = jax.lax.map(row, (grouped, *by_head, blocks[1], blocks[2], visibility.segment))
+    out = jax.lax.map(row, (grouped, *by_head, jax.tree.map(split, visibility.queries), visibility.keys))
     out = jnp.transpose(out, (0, 2, 3, 1, 4, 5))  # [B, G, count, size, Q, D] -> [B, count, size, G, Q, D]
     return out.reshape(out.shape[0], count * size, *out.shape[3:])[:, :length]
 
@@ -207,32 +222,29 @@ def _blockwise(q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility)
     of queries, the running sums after each block of keys: memory grows linearly with S.
     """
     length = q.shape[1]
-    size = min(BLOCK, length)
-    count = -(-length // size)
 
     def split(x: jax.Array) -> jax.Array:  # [B, S, ...] -> [count, B, size, ...], the tail padded with segment 0
-        x = jnp.pad(x, [(0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 2))
+        size = min(BLOCK, x.shape[1])
+        count = -(-x.shape[1] // size)
+        x = jnp.pad(x, [(0, 0), (0, count * size - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(x.shape[0], count, size, *x.shape[2:]), 1, 0)
 
-    segment, prefix = split(visibility.segment), split(visibility.prefix)
-    keys = (jnp.arange(count), split(k), split(v), segment)
+    q_blocks, k_blocks, v_blocks = split(q), split(k), split(v)
+    keys = (jnp.arange(len(k_blocks)), k_blocks, v_blocks, jax.tree.map(split, visibility.keys))
 
     @jax.checkpoint
     def query_block(carry, block):
         del carry
-        index_q, q_block, segment_q, prefix_q = block
+        index_q, q_block, queries = block
 
         def attend(sums, key_block):
-            index_k, k_block, v_block, segment_k = key_block
-            columns = jnp.arange(size)
-            mask = visible(
-                segment_q, prefix_q, index_q * size + columns, segment_k, index_k * size + columns, visibility.causal
-            )
+            _, k_block, v_block, keyed = key_block
+            mask = visible(queries, keyed)
             return _accumulate(sums, q_block, k_block, v_block, mask)
 
         @jax.checkpoint
         def key_step(sums, key_block):
-            if visibility.causal:  # a block of keys after all queries adds nothing
+            if visibility.ordered:  # a block of keys after all queries adds nothing
                 return jax.lax.cond(key_block[0] <= index_q, attend, lambda sums, _: sums, sums, key_block), None
             return attend(sums, key_block), None
 
@@ -240,9 +252,10 @@ def _blockwise(q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility)
         total = jnp.where(total > 0, total, jnp.ones_like(total))  # a query that sees nothing gets zeros
         return None, mixed / jnp.moveaxis(total, 3, 1)[..., None]
 
-    _, out = jax.lax.scan(query_block, None, (jnp.arange(count), split(q), segment, prefix))
+    blocks = (jnp.arange(len(q_blocks)), q_blocks, jax.tree.map(split, visibility.queries))
+    _, out = jax.lax.scan(query_block, None, blocks)
     out = jnp.moveaxis(out, 0, 1)
-    return out.reshape(out.shape[0], count * size, *out.shape[3:])[:, :length]
+    return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :length]
 
 
 Sums = tuple[jax.Array, jax.Array, jax.Array]  # running maximum and total [B, G, Q, Sq], mixed values [B, Sq, G, Q, D]

@@ -68,8 +68,10 @@ class Linear(nnx.Module):
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + eps) * scale over the last dimension, in float32."""
 
-    def __init__(self, size: int, eps: float, *, param_dtype: jnp.dtype, stack: int | None = None):
-        shape, axes = _stacked((size,), ("embed",), stack)
+    def __init__(
+        self, size: int, eps: float, *, param_dtype: jnp.dtype, stack: int | None = None, axis: Axis = "embed"
+    ):
+        shape, axes = _stacked((size,), (axis,), stack)
         self.scale = param(jnp.ones(shape, param_dtype), axes)
         self.eps = eps
 

@@ -4,150 +4,133 @@ Same function as transformers' Qwen2VLModel followed by taking one position a te
 image features follow the packed layout of `batch.py`. Extra letters: E vision size, C = P / m^2 cells a vision row.
 """
 
-from typing import Any
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from multitap_jax.backbones.attention import Visibility, attention, make_visibility
-from multitap_jax.backbones.layers import (
-    Embedding,
-    LayerNorm,
-    Linear,
-    RMSNorm,
-    inverse_frequencies,
-    matmul_precision,
-    param,
-    quick_gelu,
-    rotate,
-)
-from multitap_jax.backbones.qwen2_vl_config import Qwen2VLConfig
+from multitap_jax.backbones.attention import Visibility, make_visibility
+from multitap_jax.backbones.base import Backbone
+from multitap_jax.backbones.config import check, decoder_config, expect, optional
+from multitap_jax.backbones.decoder import Decoder, DecoderConfig
+from multitap_jax.backbones.layers import LayerNorm, Linear, inverse_frequencies, quick_gelu
+from multitap_jax.backbones.rope import Angles
 from multitap_jax.backbones.stack import Execution, collect_layers, run_layers
+from multitap_jax.backbones.vision import FusedAttention, PatchEmbedding, Pixels, VisionMLP, block_flops
 from multitap_jax.batch import PackedBatch
-
-__all__ = ["Qwen2VL", "Qwen2VLConfig"]
+from multitap_jax.config import ConfigError
 
 # Fixed in the architecture, absent from its configuration.
 VISION_EPS = 1e-6
 VISION_THETA = 10000.0
 
-Angles = tuple[jax.Array, jax.Array]  # cosine and sine, float32[B, S, 1, D / 2]
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """The vision tower: sizes, frames of the patch embedding, and the side m of the square merged into one token."""
+
+    num_layers: int
+    size: int
+    num_heads: int
+    intermediate_size: int
+    merge_size: int
+    frames: int
+    pixels: Pixels
+
+    def inconsistencies(self) -> Iterator[str]:
+        """What is wrong with the numbers, one sentence each."""
+        if self.size % (4 * self.num_heads):
+            yield (
+                f"vision_config.embed_dim = {self.size} must be divisible by 4 * num_heads = {4 * self.num_heads}: "
+                "rows and columns each turn a half of the rotary pairs"
+            )
+        yield from self.pixels.inconsistencies()
 
 
-class TextAttention(nnx.Module):
-    """Causal grouped-query self-attention with rotary positions; biases on q, k, v only."""
+@dataclasses.dataclass(frozen=True)
+class Qwen2VLConfig:
+    """The numbers of a Qwen2-VL model.
 
-    def __init__(self, config: Qwen2VLConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype, stack: int):
-        hidden, dim = config.hidden_size, config.head_dim
-        heads, groups = config.num_heads * dim, config.num_kv_heads * dim
-        options: dict[str, Any] = {"rngs": rngs, "param_dtype": param_dtype, "stack": stack}
-        self.q_proj = Linear(("embed", "heads"), (hidden, heads), bias=True, **options)
-        self.k_proj = Linear(("embed", "kv_heads"), (hidden, groups), bias=True, **options)
-        self.v_proj = Linear(("embed", "kv_heads"), (hidden, groups), bias=True, **options)
-        self.o_proj = Linear(("heads", "embed"), (heads, hidden), bias=False, **options)
-        self.head_dim = dim
+    Attributes:
+      text, vision: of the two parts.
+      tie_word_embeddings: whether the unused output head shares the token table.
+      image_token_id: id of an image placeholder token.
+    """
 
-    def __call__(self, x: jax.Array, angles: Angles, visibility: Visibility) -> jax.Array:
-        """[B, S, H] -> [B, S, H]."""
-        shape = (*x.shape[:2], -1, self.head_dim)
-        q = rotate(self.q_proj(x).reshape(shape), angles)
-        k = rotate(self.k_proj(x).reshape(shape), angles)
-        v = self.v_proj(x).reshape(shape)
-        return self.o_proj(attention(q, k, v, visibility).reshape(*x.shape[:2], -1))
+    model_type: ClassVar[str] = "qwen2_vl"
 
+    text: DecoderConfig
+    vision: VisionConfig
+    tie_word_embeddings: bool
+    image_token_id: int
 
-class TextMLP(nnx.Module):
-    """down(silu(gate(x)) * up(x))."""
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], preprocessor: Mapping[str, Any] | None = None) -> "Qwen2VLConfig":
+        """Reads the flat layout of the hub (before transformers 5) and the nested one (since).
 
-    def __init__(self, config: Qwen2VLConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype, stack: int):
-        hidden, inner = config.hidden_size, config.intermediate_size
-        options: dict[str, Any] = {"bias": False, "rngs": rngs, "param_dtype": param_dtype, "stack": stack}
-        self.gate_proj = Linear(("embed", "mlp"), (hidden, inner), **options)
-        self.up_proj = Linear(("embed", "mlp"), (hidden, inner), **options)
-        self.down_proj = Linear(("mlp", "embed"), (inner, hidden), **options)
+        Fields that a file omits have the defaults of transformers' Qwen2VLConfig, which does not write defaults of
+        nested sections. Video fields are ignored.
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, S, H] -> [B, S, H]."""
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class TextLayer(nnx.Module):
-    """Pre-norm decoder layer."""
-
-    def __init__(self, config: Qwen2VLConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype, stack: int):
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype=param_dtype, stack=stack)
-        self.attention = TextAttention(config, rngs=rngs, param_dtype=param_dtype, stack=stack)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype=param_dtype, stack=stack)
-        self.mlp = TextMLP(config, rngs=rngs, param_dtype=param_dtype, stack=stack)
-
-    def __call__(self, x: jax.Array, angles: Angles, visibility: Visibility) -> jax.Array:
-        """[B, S, H] -> [B, S, H]."""
-        x = x + self.attention(self.attention_norm(x), angles, visibility)
-        return x + self.mlp(self.mlp_norm(x))
-
-
-class TextModel(nnx.Module):
-    """Token table, stacked decoder layers, final norm."""
-
-    def __init__(self, config: Qwen2VLConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype):
-        self.embed = Embedding(config.vocab_size, config.hidden_size, rngs=rngs, param_dtype=param_dtype)
-        self.layers = TextLayer(config, rngs=rngs, param_dtype=param_dtype, stack=config.num_layers)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype=param_dtype)
-        self.config = config
-
-    def angles(self, positions: jax.Array) -> Angles:
-        """M-RoPE: each of the D / 2 frequencies turns with the axis (time, height, width) that its section names.
-
-        int32[B, S, 3] -> cosine and sine, float32[B, S, 1, D / 2].
+        Raises:
+          ConfigError: another model type, a feature that is not implemented, or numbers that contradict each other.
         """
-        axis = np.repeat(np.arange(3), self.config.mrope_section)
-        frequency = inverse_frequencies(self.config.head_dim, self.config.rope_theta)
-        angle = positions[:, :, axis].astype(jnp.float32) * frequency[None, None, :]
-        return jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
+        expect(config, "model_type", cls.model_type)
+        text, vision = config.get("text_config") or config, config.get("vision_config") or {}
+        if text.get("use_sliding_window"):
+            raise ConfigError("use_sliding_window = true is not implemented; no published Qwen2-VL model uses it")
+        expect(vision, "hidden_act", "quick_gelu")
+        decoder = decoder_config(
+            text,
+            vocab_size=152064,
+            hidden_size=8192,
+            intermediate_size=29568,
+            num_hidden_layers=80,
+            num_attention_heads=64,
+            num_key_value_heads=8,
+            rope_theta=1e6,
+            rms_norm_eps=1e-5,
+            qkv_bias=True,
+        )
+        if decoder.rope.sections is None:
+            raise ConfigError("mrope_section is missing from rope_scaling / rope_parameters of config.json")
+        size = vision.get("embed_dim", 1280)
+        tower = VisionConfig(
+            num_layers=vision.get("depth", 32),
+            size=size,
+            num_heads=vision.get("num_heads", 16),
+            intermediate_size=int(size * vision.get("mlp_ratio", 4)),
+            merge_size=vision.get("spatial_merge_size", 2),
+            frames=vision.get("temporal_patch_size", 2),
+            pixels=Pixels.from_hf(vision.get("patch_size", 14), preprocessor),
+        )
+        tied = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
+        return check(cls(decoder, tower, tied, optional(config, "image_token_id", 151655)), "a Qwen2-VL model")
 
+    @property
+    def block(self) -> tuple[int, int]:
+        """Patches of a block of a vision row, and the feature cells it becomes."""
+        return self.vision.merge_size**2, 1
 
-class VisionAttention(nnx.Module):
-    """Self-attention among the patches of one image."""
-
-    def __init__(self, config: Qwen2VLConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype, stack: int):
-        size = config.vision_size
-        options: dict[str, Any] = {"bias": True, "rngs": rngs, "param_dtype": param_dtype, "stack": stack}
-        self.qkv = Linear(("vision", "heads"), (size, 3 * size), **options)
-        self.proj = Linear(("heads", "vision"), (size, size), **options)
-        self.heads = config.vision_heads
-
-    def __call__(self, x: jax.Array, angles: Angles, visibility: Visibility) -> jax.Array:
-        """[R, P, E] -> [R, P, E]."""
-        shape = (*x.shape[:2], self.heads, -1)
-        q, k, v = (part.reshape(shape) for part in jnp.split(self.qkv(x), 3, axis=-1))
-        out = attention(rotate(q, angles), rotate(k, angles), v, visibility)
-        return self.proj(out.reshape(x.shape))
-
-
-class VisionMLP(nnx.Module):
-    """fc2(quick_gelu(fc1(x)))."""
-
-    def __init__(self, config: Qwen2VLConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype, stack: int):
-        size, inner = config.vision_size, config.vision_intermediate_size
-        options: dict[str, Any] = {"bias": True, "rngs": rngs, "param_dtype": param_dtype, "stack": stack}
-        self.fc1 = Linear(("vision", "mlp"), (size, inner), **options)
-        self.fc2 = Linear(("mlp", "vision"), (inner, size), **options)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[R, P, E] -> [R, P, E]."""
-        return self.fc2(quick_gelu(self.fc1(x)))
+    def vision_flops(self, patches: int, patch_pairs: int) -> float:
+        """Forward FLOPs of the tower and its merger for real patches and visible pairs of them."""
+        v, cell = self.vision, self.vision.merge_size**2
+        tower = v.num_layers * block_flops(v.size, v.intermediate_size, patches, patch_pairs)
+        merger = patches // cell * 2 * ((cell * v.size) ** 2 + cell * v.size * self.text.hidden_size)
+        return tower + patches * 2 * v.pixels.features * v.size + merger
 
 
 class VisionLayer(nnx.Module):
     """Pre-norm vision block."""
 
-    def __init__(self, config: Qwen2VLConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype, stack: int):
-        self.norm1 = LayerNorm(config.vision_size, VISION_EPS, param_dtype=param_dtype, stack=stack)
-        self.attention = VisionAttention(config, rngs=rngs, param_dtype=param_dtype, stack=stack)
-        self.norm2 = LayerNorm(config.vision_size, VISION_EPS, param_dtype=param_dtype, stack=stack)
-        self.mlp = VisionMLP(config, rngs=rngs, param_dtype=param_dtype, stack=stack)
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype):
+        options: dict[str, Any] = {"param_dtype": param_dtype, "stack": config.num_layers}
+        self.norm1 = LayerNorm(config.size, VISION_EPS, **options)
+        self.attention = FusedAttention(config.size, config.num_heads, rngs=rngs, **options)
+        self.norm2 = LayerNorm(config.size, VISION_EPS, **options)
+        self.mlp = VisionMLP(config.size, config.intermediate_size, quick_gelu, rngs=rngs, **options)
 
     def __call__(self, x: jax.Array, angles: Angles, visibility: Visibility) -> jax.Array:
         """[R, P, E] -> [R, P, E]."""
@@ -155,38 +138,14 @@ class VisionLayer(nnx.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class PatchEmbedding(nnx.Module):
-    """A convolution whose stride is its kernel, hence one product; kernel [frames, channels, height, width, E]."""
-
-    def __init__(self, config: Qwen2VLConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype):
-        side = config.patch_size
-        shape = (config.temporal_patch_size, config.in_channels, side, side, config.vision_size)
-        kernel = jax.random.normal(rngs.params(), shape, param_dtype) * jnp.asarray(0.02, param_dtype)
-        self.kernel = param(kernel, (None, None, None, None, "vision"))
-        self.config = config
-
-    def __call__(self, patches: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """uint8[R, P, F] raw pixels -> [R, P, E] in `dtype`.
-
-        A still image is shown as equal frames, so the frames' kernels are added instead of the pixels repeated.
-        """
-        area = self.config.patch_size**2
-        mean, std = (
-            np.repeat(np.asarray(value, np.float32), area) for value in (self.config.image_mean, self.config.image_std)
-        )
-        pixels = (patches.astype(jnp.float32) / 255.0 - mean[None, None, :]) / std[None, None, :]
-        kernel = self.kernel[...].astype(jnp.float32).sum(axis=0).reshape(self.config.patch_features, -1).astype(dtype)
-        return jnp.einsum("rpf,fe->rpe", pixels.astype(dtype), kernel, precision=matmul_precision(dtype))
-
-
 class PatchMerger(nnx.Module):
     """m^2 neighbouring patches (consecutive in block-major order) -> one cell of decoder size."""
 
-    def __init__(self, config: Qwen2VLConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype):
-        wide = config.vision_size * config.merge_size**2
-        self.norm = LayerNorm(config.vision_size, VISION_EPS, param_dtype=param_dtype)
+    def __init__(self, config: VisionConfig, hidden: int, *, rngs: nnx.Rngs, param_dtype: jnp.dtype):
+        wide = config.size * config.merge_size**2
+        self.norm = LayerNorm(config.size, VISION_EPS, param_dtype=param_dtype)
         self.fc1 = Linear(("vision", "mlp"), (wide, wide), bias=True, rngs=rngs, param_dtype=param_dtype)
-        self.fc2 = Linear(("mlp", "embed"), (wide, config.hidden_size), bias=True, rngs=rngs, param_dtype=param_dtype)
+        self.fc2 = Linear(("mlp", "embed"), (wide, hidden), bias=True, rngs=rngs, param_dtype=param_dtype)
         self.cell = config.merge_size**2
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -199,10 +158,11 @@ class PatchMerger(nnx.Module):
 class VisionModel(nnx.Module):
     """Raw patches -> features of merged cells."""
 
-    def __init__(self, config: Qwen2VLConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype):
-        self.patch_embed = PatchEmbedding(config, rngs=rngs, param_dtype=param_dtype)
-        self.layers = VisionLayer(config, rngs=rngs, param_dtype=param_dtype, stack=config.vision_layers)
-        self.merger = PatchMerger(config, rngs=rngs, param_dtype=param_dtype)
+    def __init__(self, config: VisionConfig, hidden: int, *, rngs: nnx.Rngs, param_dtype: jnp.dtype):
+        options: dict[str, Any] = {"rngs": rngs, "param_dtype": param_dtype}
+        self.patch_embed = PatchEmbedding(config.pixels, config.size, bias=False, frames=config.frames, **options)
+        self.layers = VisionLayer(config, **options)
+        self.merger = PatchMerger(config, hidden, **options)
         self.config = config
 
     def __call__(self, batch: PackedBatch, execution: Execution) -> jax.Array:
@@ -215,54 +175,25 @@ class VisionModel(nnx.Module):
         x, shared = self._prepare(batch, execution)
         return collect_layers(self.layers, x, *shared, execution=execution)
 
-    def angles(self, position: jax.Array) -> Angles:
-        """int32[R, P, 2] (row, column) -> cosine and sine, float32[R, P, 1, D / 2]; rows turn the first half."""
-        frequency = inverse_frequencies(self.config.vision_head_dim // 2, VISION_THETA)
-        angle = position.astype(jnp.float32)[..., None] * frequency[None, None, None, :]
-        angle = angle.reshape(*position.shape[:2], 1, -1)
-        return jnp.cos(angle), jnp.sin(angle)
-
     def _prepare(self, batch: PackedBatch, execution: Execution) -> tuple[jax.Array, tuple[Angles, Visibility]]:
         x = self.patch_embed(jnp.asarray(batch.patches), execution.compute_dtype)
-        segment = jnp.asarray(batch.patch_segment)
-        visibility = make_visibility(segment, causal=False, backend=execution.attention)
-        return x, (self.angles(jnp.asarray(batch.patch_position)), visibility)
+        visibility = make_visibility(batch.patch_segment, causal=False, backend=execution.attention)
+        head_dim = self.config.size // self.config.num_heads
+        return x, (vision_angles(jnp.asarray(batch.patch_position), head_dim), visibility)
 
 
-class Qwen2VL(nnx.Module):
-    """The whole encoder; `backbone(batch, execution)` gives the pooled hidden states."""
+def vision_angles(position: jax.Array, head_dim: int) -> Angles:
+    """int32[R, P, 2] (row, column) -> cosine and sine, float32[R, P, 1, D / 2]; rows turn the first half."""
+    frequency = inverse_frequencies(head_dim // 2, VISION_THETA)
+    angle = position.astype(jnp.float32)[..., None] * frequency[None, None, None, :]
+    angle = angle.reshape(*position.shape[:2], 1, -1)
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+class Qwen2VL(Backbone):
+    """The whole encoder."""
 
     def __init__(self, config: Qwen2VLConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype = jnp.float32):
-        self.text = TextModel(config, rngs=rngs, param_dtype=param_dtype)
-        self.vision = VisionModel(config, rngs=rngs, param_dtype=param_dtype)
+        self.text = Decoder(config.text, rngs=rngs, param_dtype=param_dtype)
+        self.vision = VisionModel(config.vision, config.text.hidden_size, rngs=rngs, param_dtype=param_dtype)
         self.config = config
-
-    def __call__(self, batch: PackedBatch, execution: Execution) -> jax.Array:
-        """Final-norm hidden states at `batch.pool`, float32[B, K, H]."""
-        x, shared = self._prepare(batch, execution)
-        x = run_layers(self.text.layers, x, *shared, execution=execution)
-        # The norm is per token, so it is applied to the few that are kept.
-        pooled = jnp.take_along_axis(x, jnp.asarray(batch.pool)[:, :, None], axis=1)
-        return self.text.norm(pooled.astype(jnp.float32))
-
-    def hidden_states(self, batch: PackedBatch, execution: Execution) -> jax.Array:
-        """[L + 1, B, S, H]: the embeddings and the output of each decoder layer, before the final norm."""
-        x, shared = self._prepare(batch, execution)
-        return collect_layers(self.text.layers, x, *shared, execution=execution)
-
-    def embed(self, batch: PackedBatch, execution: Execution) -> jax.Array:
-        """[B, S, H]: token embeddings, replaced by image features at image tokens."""
-        x = self.text.embed(jnp.asarray(batch.tokens), execution.compute_dtype)
-        if batch.patches.shape[0] == 0:  # text only: the shape says so, the tower is not even compiled
-            return x
-        features = self.vision(batch, execution).reshape(-1, x.shape[-1])
-        cell = jnp.asarray(batch.image_cell)
-        image = jnp.take(features, jnp.maximum(cell, 0), axis=0, mode="fill")
-        return jnp.where(cell[:, :, None] >= 0, image, x)
-
-    def _prepare(self, batch: PackedBatch, execution: Execution) -> tuple[jax.Array, tuple[Angles, Visibility]]:
-        x = self.embed(batch, execution)
-        visibility = make_visibility(
-            jnp.asarray(batch.segment), jnp.asarray(batch.prefix), causal=True, backend=execution.attention
-        )
-        return x, (self.text.angles(jnp.asarray(batch.positions)), visibility)

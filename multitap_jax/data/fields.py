@@ -9,7 +9,7 @@ from array import array
 from pathlib import Path
 from typing import Any
 
-from multitap_jax.data.images import ImageError, decode_image
+from multitap_jax.data.decode import ImageError, decode_image
 from multitap_jax.data.tables import parse_json_cell
 
 

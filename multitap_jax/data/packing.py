@@ -12,6 +12,7 @@ import numpy as np
 
 from multitap_jax.batch import PackedBatch
 from multitap_jax.data.images import ImagePatches
+from multitap_jax.data.layouts import Grid, Vision
 from multitap_jax.data.placement import Cell, Group
 from multitap_jax.data.positions import expand_prefix
 
@@ -35,27 +36,15 @@ class Shape:
     texts: int
     vision_rows: int
     patches: int
+    images: int = 0
 
     def __str__(self) -> str:
-        return f"rows {self.rows}x{self.tokens} (texts {self.texts}), vision {self.vision_rows}x{self.patches}"
-
-
-@dataclass(frozen=True)
-class Vision:
-    """What the packing needs to know of a backbone's vision side."""
-
-    features: int
-    merge: int
-    placeholder: int
-    position_mode: str = "mrope"
-
-    def cells(self, grid: tuple[int, int]) -> int:
-        """Merged cells, hence tokens, of an image."""
-        return grid[0] * grid[1] // self.merge**2
+        apart = f", images {self.images}" if self.images else ""
+        return f"rows {self.rows}x{self.tokens} (texts {self.texts}{apart}), vision {self.vision_rows}x{self.patches}"
 
 
 def group_examples(
-    examples: Sequence[Example], grids: Mapping[Hashable, tuple[int, int]], vision: Vision
+    examples: Sequence[Example], grids: Mapping[Hashable, Grid], vision: Vision
 ) -> tuple[list[Group], list[np.ndarray]]:
     """Groups pairs that share images and prompt, in order of first appearance; also returns each group's prefix."""
     found: dict[tuple, int] = {}
@@ -69,7 +58,7 @@ def group_examples(
             found[key] = len(texts)
             texts.append([])
             prefixes.append(example.prefix)
-            extra = sum(vision.cells(grids[image]) - 1 for image in example.images)
+            extra = sum(vision.layout.num_tokens(grids[image]) - 1 for image in example.images)
             lengths.append(len(example.prefix) + extra)
             images.append(example.images)
         texts[found[key]].append((index, len(example.text)))
@@ -78,7 +67,7 @@ def group_examples(
 
 def empty_batch(shape: Shape, vision: Vision) -> PackedBatch:
     """A batch of padding only."""
-    b, s, k, r, p = (getattr(shape, f.name) for f in fields(shape))
+    b, s, k, r, p, i = (getattr(shape, f.name) for f in fields(shape))
     return PackedBatch(
         tokens=np.zeros((b, s), np.int32),
         positions=np.zeros((b, s, 3), np.int32),
@@ -89,18 +78,11 @@ def empty_batch(shape: Shape, vision: Vision) -> PackedBatch:
         record=np.full((b, k), -1, np.int32),
         target=np.zeros((b, k), np.float32),
         weight=np.zeros((b, k), np.float32),
-        patches=np.zeros((r, p, vision.features), np.uint8),
+        image_token=np.full((b, i), -1, np.int32),
+        patches=np.zeros((r, p, vision.layout.features), np.uint8),
         patch_position=np.zeros((r, p, 2), np.int32),
         patch_segment=np.zeros((r, p), np.int32),
     )
-
-
-def patch_positions(grid: tuple[int, int], merge: int) -> np.ndarray:
-    """(row, column) of every patch of an image in block-major order: int32[rows * columns, 2]."""
-    rows, columns = grid
-    index = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), axis=-1)
-    blocks = index.reshape(rows // merge, merge, columns // merge, merge, 2).transpose(0, 2, 1, 3, 4)
-    return blocks.reshape(-1, 2).astype(np.int32)
 
 
 def pack(
@@ -129,15 +111,16 @@ def pack(
         for offset, pieces in enumerate(cell.rows):
             row = number * rows_each + offset
             column = segment = text = 0
+            seen: list[int] = []
             for piece in pieces:
                 group = groups[piece.group]
                 grids = [images[key].grid for key in group.images]
-                merged = [(rows // vision.merge, columns // vision.merge) for rows, columns in grids]
-                tokens, positions, local, start = expand_prefix(
-                    prefixes[piece.group], vision.placeholder, merged, vision.position_mode
-                )
+                tokens, positions, local, start = expand_prefix(prefixes[piece.group], grids, vision)
                 base = np.concatenate(
-                    [first_cell[key] + np.arange(vision.cells(g)) for key, g in zip(group.images, grids, strict=True)]
+                    [
+                        first_cell[key] + np.arange(vision.layout.row_cells(vision.layout.num_patches(grid)))
+                        for key, grid in zip(group.images, grids, strict=True)
+                    ]
                     or [np.zeros(1, np.int64)]
                 )
                 segment += 1
@@ -145,6 +128,7 @@ def pack(
                 _put(batch, row, column, tokens, positions, own, own)
                 span = slice(column, column + len(tokens))
                 batch.image_cell[row, span] = np.where(local >= 0, base[local], -1)
+                seen.extend(column + np.flatnonzero(local >= 0) if vision.layout.apart else ())
                 column += len(tokens)
                 for record, size in piece.texts:
                     segment += 1
@@ -156,6 +140,7 @@ def pack(
                     batch.target[row, text] = examples[record].target
                     batch.weight[row, text] = examples[record].weight
                     text += 1
+            batch.image_token[row, : len(seen)] = seen
     return batch
 
 
@@ -174,15 +159,16 @@ def _fill_vision(
 ) -> dict[Hashable, int]:
     """Writes the images of a cell into its vision rows; returns the first merged cell of each image."""
     first_cell: dict[Hashable, int] = {}
-    row_cells = batch.patches.shape[1] // vision.merge**2
+    layout = vision.layout
+    row_cells = layout.row_cells(batch.patches.shape[1])
     for offset, keys in enumerate(cell.vision):
         row, column = first_row + offset, 0
         for number, key in enumerate(keys, start=1):
             image = images[key]
             span = slice(column, column + len(image.patches))
             batch.patches[row, span] = image.patches
-            batch.patch_position[row, span] = patch_positions(image.grid, vision.merge)
-            batch.patch_segment[row, span] = number
-            first_cell[key] = row * row_cells + column // vision.merge**2
+            batch.patch_position[row, span] = layout.patch_positions(image.grid)
+            batch.patch_segment[row, span] = np.where(layout.real_patches(image.grid), number, 0)
+            first_cell[key] = row * row_cells + layout.row_cells(column)
             column += len(image.patches)
     return first_cell

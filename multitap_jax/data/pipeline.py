@@ -9,7 +9,6 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,13 +16,22 @@ import grain
 import numpy as np
 
 from multitap_jax.batch import PackedBatch
-from multitap_jax.data.images import ImageError, ImagePatches, ImageReader
-from multitap_jax.data.packing import Example, Shape, Vision, group_examples, pack
+from multitap_jax.data.decode import ImageError
+from multitap_jax.data.images import ImagePatches, ImageReader
+from multitap_jax.data.layouts import Grid, Vision
+from multitap_jax.data.packing import Example, Shape, group_examples, pack
 from multitap_jax.data.placement import Cell, Need, need, place
 from multitap_jax.data.plan import plan_epoch
 from multitap_jax.data.prompts import Prompter, PromptError
 from multitap_jax.data.records import Record, Rejected
-from multitap_jax.data.shapes import ROW_LENGTHS, choose_row_length, round_up, texts_per_row, vision_length
+from multitap_jax.data.shapes import (
+    ROW_LENGTHS,
+    choose_row_length,
+    images_per_row,
+    round_up,
+    texts_per_row,
+    vision_length,
+)
 
 
 class Prepared(NamedTuple):
@@ -32,7 +40,7 @@ class Prepared(NamedTuple):
     examples: list[Example]
     ids: list[str]
     files: dict[Hashable, Path]
-    grids: dict[Hashable, tuple[int, int]]
+    grids: dict[Hashable, Grid]
     rejected: list[Rejected]
 
 
@@ -87,7 +95,7 @@ def prepare(
                     known[path] = key
                     out.files[key] = path
             keys = tuple(known[path] for path in record.images)
-            cells = sum(vision.cells(out.grids[key]) - 1 for key in keys)
+            cells = sum(vision.layout.num_tokens(out.grids[key]) - 1 for key in keys)
             length = len(item.prefix) + cells + len(item.text)
             if length > max_length:
                 raise ValueError(f"the pair has {length} tokens, more than max_length = {max_length}")
@@ -151,8 +159,9 @@ class PackedDataset:
         ]
         self.num_steps = len(self._plan)
         self.pairs_per_step = batch_size
-        self._patches = {key: rows * columns for key, (rows, columns) in prepared.grids.items()}
-        self._vision_length = vision_length(self._patches, vision.merge**2)
+        self._patches = {key: vision.layout.num_patches(grid) for key, grid in prepared.grids.items()}
+        self._vision_length = vision_length(self._patches, vision.layout.block[0])
+        self._max_images = images_per_row([e.images for e in prepared.examples], vision)
         self._row_length = self._choose_row_length(hidden, row_length)
         needs = [self._place(step)[2] for step in self._plan]
         self.shape = Shape(
@@ -161,12 +170,13 @@ class PackedDataset:
             texts=texts_per_row(self._row_length),
             vision_rows=round_up(max(n.vision_rows for n in needs)) * cells,
             patches=self._vision_length,
+            images=self._max_images or 0,
         )
         self.fingerprint = self._hash(batch_size, epochs, seed, shuffle)
 
     def _choose_row_length(self, hidden: int, wanted: int) -> int:
         sizes = [
-            len(e.prefix) + len(e.text) + sum(self._vision.cells(self._data.grids[k]) - 1 for k in e.images)
+            len(e.prefix) + len(e.text) + sum(self._vision.layout.num_tokens(self._data.grids[k]) - 1 for k in e.images)
             for e in self._data.examples
         ]
         longest = max(sizes)
@@ -180,14 +190,18 @@ class PackedDataset:
             return wanted
         sample = self._plan[: max(1, len(self._plan) // 8)][:16]
         groups = [g for step in sample for g in group_examples(self._examples(step), self._data.grids, self._vision)[0]]
-        return next(n for n in ROW_LENGTHS if n >= max(longest, choose_row_length(groups, hidden, limit=4096)))
+        chosen = choose_row_length(groups, hidden, limit=4096, max_images=self._max_images)
+        return next(n for n in ROW_LENGTHS if n >= max(longest, chosen))
 
     def _hash(self, batch_size: int, epochs: int, seed: int, shuffle: str) -> str:
-        digest = hashlib.sha256(json.dumps([batch_size, epochs, seed, shuffle, str(self._reader.policy)]).encode())
+        settings = [batch_size, epochs, seed, shuffle, str(self._vision.layout.policy)]
+        digest = hashlib.sha256(json.dumps(settings).encode())
         for example, name in zip(self._data.examples, self._data.ids, strict=True):
             digest.update(name.encode() + example.prefix.tobytes() + example.text.tobytes())
             digest.update(json.dumps([list(example.images), example.target, example.weight]).encode())
-        digest.update(json.dumps(asdict(self._vision)).encode())
+        vision = self._vision
+        facts = [vision.layout.features, *vision.layout.block, vision.placeholder, vision.position_mode]
+        digest.update(json.dumps(facts).encode())
         return digest.hexdigest()
 
     def _examples(self, step: np.ndarray) -> list[Example]:
@@ -201,6 +215,7 @@ class PackedDataset:
             row_length=self._row_length,
             max_texts=texts_per_row(self._row_length),
             vision_length=self._vision_length,
+            max_images=self._max_images,
             cells=self._cells,
         )
         return [groups, prefixes], cells, need(cells)
@@ -219,7 +234,7 @@ class PackedDataset:
                 if key not in self._told and self._on_failure is not None:
                     self._on_failure(str(path), str(error))
                 self._told.add(key)
-            return ImagePatches(np.zeros((grid[0] * grid[1], self._vision.features), np.uint8), grid, str(key))
+            return ImagePatches(np.zeros((self._patches[key], self._vision.layout.features), np.uint8), grid, str(key))
 
     def __getitem__(self, step: int) -> PackedBatch:
         """The batch of one step; NumPy arrays of `shape`."""

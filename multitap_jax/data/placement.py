@@ -65,20 +65,24 @@ def split_groups(groups: Sequence[Group], row_length: int, max_texts: int) -> li
     return pieces
 
 
-def _best_fit(sizes: Sequence[int], capacity: int, counts: Sequence[int], max_count: int) -> list[list[int]]:
-    """Best-fit decreasing: items -> bins holding at most `capacity` in size and `max_count` in count."""
+Size = tuple[int, ...]  # of an item, in every dimension in which a bin is bounded; the first one decides the order
+
+
+def _best_fit(sizes: Sequence[Size], capacity: Size) -> list[list[int]]:
+    """Best-fit decreasing: items -> bins whose sums stay within `capacity` in every dimension."""
     bins: list[list[int]] = []
-    room: list[tuple[int, int]] = []
-    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        fits = [b for b, (size, count) in enumerate(room) if size >= sizes[item] and count >= counts[item]]
+    room: list[Size] = []
+    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i][0], i)):
+        size = sizes[item]
+        fits = [b for b, left in enumerate(room) if all(x >= y for x, y in zip(left, size, strict=True))]
         if fits:
             best = min(fits, key=lambda b: (room[b][0], b))
         else:
             best = len(bins)
             bins.append([])
-            room.append((capacity, max_count))
+            room.append(capacity)
         bins[best].append(item)
-        room[best] = (room[best][0] - sizes[item], room[best][1] - counts[item])
+        room[best] = tuple(x - y for x, y in zip(room[best], size, strict=True))
     return bins
 
 
@@ -89,6 +93,7 @@ def place(
     row_length: int,
     max_texts: int,
     vision_length: int,
+    max_images: int | None = None,
     cells: int = 1,
 ) -> list[Cell]:
     """Places groups into `cells` cells; best-fit decreasing within a cell, the emptiest cell first.
@@ -99,6 +104,7 @@ def place(
       row_length: tokens a row (S).
       max_texts: texts a row (K).
       vision_length: patches a vision row (P).
+      max_images: image tokens a row (I) where the backbone keeps images apart; None: as many as there is room for.
       cells: number of cells.
 
     Raises:
@@ -113,14 +119,16 @@ def place(
         load[emptiest] += piece.length
     out = []
     for share in shares:
-        bins = _best_fit([p.length for p in share], row_length, [len(p.texts) for p in share], max_texts)
+        images = [len(groups[p.group].images) if max_images is not None else 0 for p in share]
+        sizes = [(p.length, len(p.texts), count) for p, count in zip(share, images, strict=True)]
+        bins = _best_fit(sizes, (row_length, max_texts, max_images or 0))
         rows = [[share[i] for i in sorted(row)] for row in bins]
         keys = list(dict.fromkeys(key for row in rows for piece in row for key in groups[piece.group].images))
         for key in keys:
             if patches[key] > vision_length:
                 raise PackingError(f"an image of {patches[key]} patches exceeds vision rows of {vision_length}")
-        images = _best_fit([patches[key] for key in keys], vision_length, [0] * len(keys), 0)
-        out.append(Cell(rows, [[keys[i] for i in sorted(row)] for row in images]))
+        pictures = _best_fit([(patches[key],) for key in keys], (vision_length,))
+        out.append(Cell(rows, [[keys[i] for i in sorted(row)] for row in pictures]))
     return out
 
 

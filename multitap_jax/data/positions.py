@@ -1,61 +1,58 @@
 """Rotary positions on the host (Qwen2-VL, arXiv 2409.12191, section 2.1; official flat mode, transformers 4.46.1).
 
-`mrope`: text tokens advance all three axes together; an image that starts at position c spans (c, c + row, c + column)
-over its merged grid and the next token stands at c + max(rows, columns). `flat`: one running position on all axes.
+Text tokens advance all three axes together; what an image does is the layout's to say: in `mrope` mode it spans a
+rectangle of positions, in `flat` mode, the only one most models know, it advances like text.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-MODES = ("mrope", "flat")
+from multitap_jax.data.layouts import Grid, Vision
 
 
 def expand_prefix(
-    prefix: np.ndarray, placeholder: int, grids: Sequence[tuple[int, int]], mode: str
+    prefix: np.ndarray, grids: Sequence[Grid], vision: Vision
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """Expands image placeholders of a prefix and gives every token its position.
 
     Args:
       prefix: int32[p] with one placeholder per image, in order.
-      placeholder: id of the placeholder token.
-      grids: merged (rows, columns) of each image.
-      mode: "mrope" or "flat".
+      grids: of each image.
+      vision: layout, placeholder and position mode.
 
     Returns:
-      tokens int32[q]; positions int32[q, 3]; cell int32[q]: running index over the images' merged cells, -1 for text;
-      the position at which a text that follows starts.
+      tokens int32[q]; positions int32[q, 3]; cell int32[q]: cells of each image counted from its first, offset by
+      those of the images before it, -1 for text; the position at which a text that follows starts.
 
     Raises:
-      ValueError: if placeholders and grids differ in number, or for an unknown mode.
+      ValueError: placeholders and grids differ in number.
     """
-    if mode not in MODES:
-        raise ValueError(f"position mode {mode!r}; the modes are {', '.join(MODES)}")
-    where = np.flatnonzero(prefix == placeholder)
+    where = np.flatnonzero(prefix == vision.placeholder)
     if len(where) != len(grids):
         raise ValueError(f"the prompt has {len(where)} image placeholders, but the record has {len(grids)} images")
     tokens, positions, cells = [], [], []
-    start = current = taken = 0
-    for end, (rows, columns) in zip([*where, len(prefix)], [*grids, (0, 0)], strict=True):
-        run = prefix[start:end]
+    current = 0
+
+    def text(run: np.ndarray) -> None:
+        nonlocal current
         tokens.append(run)
         positions.append(np.repeat(np.arange(current, current + len(run))[:, None], 3, axis=1))
         cells.append(np.full(len(run), -1))
         current += len(run)
-        start = end + 1
-        count = rows * columns
-        if not count:
-            continue
-        tokens.append(np.full(count, placeholder))
-        cells.append(np.arange(taken, taken + count))
-        taken += count
-        if mode == "flat":
-            positions.append(np.repeat(np.arange(current, current + count)[:, None], 3, axis=1))
-            current += count
-        else:
-            row, column = np.divmod(np.arange(count), columns)
-            positions.append(np.stack([np.full(count, current), current + row, current + column], axis=1))
-            current += max(rows, columns)
+
+    start = taken = 0
+    for end, grid in zip(where, grids, strict=True):
+        text(prefix[start:end])
+        start = int(end) + 1
+        local = vision.layout.token_cells(grid)
+        offsets, advance = vision.layout.token_positions(grid, vision.position_mode)
+        tokens.append(np.full(len(local), vision.placeholder))
+        positions.append(current + offsets)
+        cells.append(taken + local)
+        taken += vision.layout.row_cells(vision.layout.num_patches(grid))
+        current += advance
+    text(prefix[start:])
     return (
         np.concatenate(tokens).astype(np.int32),
         np.concatenate(positions).astype(np.int32),

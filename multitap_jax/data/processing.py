@@ -1,26 +1,31 @@
 """Everything that turns a record into tokens and patches for one model folder, and the contract it follows."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from multitap_jax.data.images import ImagePolicy, ImageReader
-from multitap_jax.data.packing import Vision
-from multitap_jax.data.positions import MODES
+from multitap_jax.data.images import ImageReader
+from multitap_jax.data.layouts import ImagePolicy, Vision
 from multitap_jax.data.prompts import Prompter, load_tokenizer
-
-DEFAULT_POLICY = "square:560"
-DEFAULT_POSITIONS = "mrope"
+from multitap_jax.families import Family, read_config
 
 
 @dataclass(frozen=True)
 class Contract:
-    """What has to be the same for a score to mean the same: prompt variant, positions, image policy, pooling."""
+    """What has to be the same for a score to mean the same: prompt variant, positions, image policy, pooling.
+
+    The defaults are those of most families; `Contract.of` gives a family's own.
+    """
 
     prompt: str = "official-train"
-    position_mode: str = DEFAULT_POSITIONS
-    image_policy: str = DEFAULT_POLICY
+    position_mode: str = "mrope"
+    image_policy: str = "square:560"
     pooling: str = "last"
+
+    @classmethod
+    def of(cls, family: Family, **chosen: str) -> "Contract":
+        """The family's defaults where nothing is chosen."""
+        defaults = {"position_mode": family.position_modes[0], "image_policy": family.image_policy}
+        return cls(**{**defaults, **chosen})
 
 
 @dataclass(frozen=True)
@@ -37,32 +42,23 @@ class Processing:
         """Reads config.json and the tokenizer of `folder`.
 
         Raises:
-          FileNotFoundError: if config.json or the tokenizer is missing.
+          FolderError: config.json is missing or describes something that is not implemented.
+          FileNotFoundError: the tokenizer is missing.
           ValueError: for an unknown prompt, policy or position mode, or if tokenizer and config disagree.
         """
-        folder = Path(folder)
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"{folder}: no config.json here; this is not a model folder")
-        config = json.loads((folder / "config.json").read_text())
-        if contract.position_mode not in MODES:
-            raise ValueError(f"position_mode {contract.position_mode!r}; the modes are {', '.join(MODES)}")
+        family, config = read_config(folder)
+        if contract.position_mode not in family.position_modes:
+            raise ValueError(
+                f"position_mode {contract.position_mode!r}: {config.model_type} has {', '.join(family.position_modes)}"
+            )
         if contract.pooling != "last":
             raise ValueError(f"pooling {contract.pooling!r}; only the last token is pooled")
-        tower = config["vision_config"]
-        patch, merge = int(tower.get("patch_size", 14)), int(tower.get("spatial_merge_size", 2))
-        prompter = Prompter(load_tokenizer(folder), contract.prompt, config["model_type"])
-        if prompter.placeholder_id != config["image_token_id"]:
+        prompter = Prompter(load_tokenizer(folder), contract.prompt, family.chat)
+        if prompter.placeholder_id != config.image_token_id:
             raise ValueError(
                 f"{folder}: the tokenizer's image token has id {prompter.placeholder_id}, config.json says "
-                f"{config['image_token_id']}; the two files belong to different models"
+                f"{config.image_token_id}; the two files belong to different models"
             )
-        reader = ImageReader(
-            ImagePolicy.parse(contract.image_policy), patch_size=patch, merge_size=merge, cache_bytes=cache_bytes
-        )
-        vision = Vision(
-            features=3 * patch * patch,
-            merge=merge,
-            placeholder=prompter.placeholder_id,
-            position_mode=contract.position_mode,
-        )
-        return cls(contract, prompter, reader, vision)
+        layout = family.layout(config, ImagePolicy.parse(contract.image_policy))
+        vision = Vision(layout, prompter.placeholder_id, contract.position_mode)
+        return cls(contract, prompter, ImageReader(layout, cache_bytes=cache_bytes), vision)

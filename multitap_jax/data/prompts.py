@@ -2,7 +2,7 @@
 
 The official prompts (kaist-cvml/MULTI-TAP, the behaviour only) put the image before the text that is judged, so all
 texts of one image share everything up to the text: the prefix. Prefix and text are tokenised apart. That is exact
-because the split follows a special token, and tokenizers never merge across one:
+because the split follows a control token, and tokenizers never merge across one:
 
     <|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nDescribe this image.<|im_end|>\n
     <|im_start|>assistant\n<|vision_start|><|image_pad|><|vision_end|> | {text}<|im_end|>\n
@@ -12,51 +12,21 @@ text) and `official-stage2` (as evaluation where the record has a request, as tr
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from multitap_jax.data.chat import IMAGE, QWEN2_VL, ChatFormat, Message
+
 DEFAULT_REQUEST = "Describe this image."
 VARIANTS = ("official-train", "official-eval", "official-stage2")
+_TEXT = "\0"  # stands for the judged text while a prompt is rendered; no text may hold it
 
 
 class PromptError(ValueError):
     """A text that cannot be scored as it is; the message says why and what to do."""
-
-
-@dataclass(frozen=True)
-class ChatFormat:
-    """The pieces of a model family's chat template.
-
-    Attributes:
-      system: the whole system turn, which the stock template adds where the conversation has none.
-      turn: what opens a turn, with `{role}`.
-      close: what ends a turn; its last token is the one that is pooled.
-      image: what stands for one image; holds `placeholder` exactly once.
-      placeholder: the token that is repeated for every merged vision cell.
-      split: the special token after which a text-only prompt is split.
-    """
-
-    system: str
-    turn: str
-    close: str
-    image: str
-    placeholder: str
-    split: str
-
-
-QWEN2_VL = ChatFormat(
-    system="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
-    turn="<|im_start|>{role}\n",
-    close="<|im_end|>\n",
-    image="<|vision_start|><|image_pad|><|vision_end|>",
-    placeholder="<|image_pad|>",
-    split="<|im_start|>",
-)
-FORMATS = {"qwen2_vl": QWEN2_VL}
 
 
 class Encoded(NamedTuple):
@@ -66,15 +36,14 @@ class Encoded(NamedTuple):
     text: np.ndarray
 
 
-def render(fmt: ChatFormat, variant: str, request: str | None, num_images: int) -> tuple[str, str]:
-    """The prompt around a text: (before, after). `before` ends where the text begins."""
+def conversation(variant: str, request: str | None, num_images: int, text: str) -> list[Message]:
+    """The messages of a prompt; raises PromptError for an unknown variant."""
     if variant not in VARIANTS:
         raise PromptError(f"unknown prompt variant {variant!r}; the variants are {', '.join(VARIANTS)}")
-    images = fmt.image * num_images
+    images = [IMAGE] * num_images
     if variant == "official-train" or (variant == "official-stage2" and request is None):
-        user = fmt.turn.format(role="user") + (request or DEFAULT_REQUEST) + fmt.close
-        return fmt.system + user + fmt.turn.format(role="assistant") + images, fmt.close
-    return fmt.system + fmt.turn.format(role="assistant") + (request or DEFAULT_REQUEST) + images, fmt.close
+        return [("user", [request or DEFAULT_REQUEST]), ("assistant", [*images, text])]
+    return [("assistant", [request or DEFAULT_REQUEST, *images, text])]
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -100,19 +69,22 @@ class Prompter:
     Args:
       tokenizer: a fast Hugging Face tokenizer.
       variant: one of `VARIANTS`.
-      model_type: picks the chat format, as `config.json` spells it.
+      chat: the family's chat format.
+
+    Attributes:
+      placeholder_id: id of the image placeholder.
+      closing: ids of what follows every text, where it begins with a control token; else none.
     """
 
-    def __init__(self, tokenizer: Any, variant: str, model_type: str = "qwen2_vl"):
-        if model_type not in FORMATS:
-            raise PromptError(f"no chat format for model_type {model_type!r}; known: {', '.join(FORMATS)}")
+    def __init__(self, tokenizer: Any, variant: str, chat: ChatFormat = QWEN2_VL):
+        conversation(variant, None, 1, "")  # refuses an unknown variant here, not at the first record
         self.variant = variant
-        self._tokenizer = tokenizer
-        self._format = FORMATS[model_type]
-        render(self._format, variant, None, 1)  # refuses an unknown variant here, not at the first record
+        self._tokenizer, self._chat = tokenizer, chat
         self._control = sorted(set(tokenizer.get_added_vocab()), key=len, reverse=True)
-        self.placeholder_id = int(tokenizer.convert_tokens_to_ids(self._format.placeholder))
-        self.closing = self._ids([self._format.close])[0]
+        self.placeholder_id = int(tokenizer.convert_tokens_to_ids(chat.placeholder))
+        apart = any(chat.close.startswith(token) for token in self._control)
+        self.closing = self._ids([chat.close])[0] if apart else np.zeros(0, np.int32)
+        self._tail = "" if apart else chat.close
         self._prefix = lru_cache(maxsize=4096)(self._encode_prefix)
 
     def _ids(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -120,20 +92,19 @@ class Prompter:
         return [np.asarray(row, np.int32) for row in rows]
 
     def _encode_prefix(self, request: str | None, num_images: int) -> tuple[np.ndarray, str]:
-        """Prefix ids, and the piece of the turn that has to be tokenised with the text (empty after an image)."""
-        before, _ = render(self._format, self.variant, request, num_images)
-        carried = ""
-        if not before.endswith(self._format.image) or num_images == 0:
-            cut = before.rindex(self._format.split) + len(self._format.split)
-            before, carried = before[:cut], before[cut:]
-        return self._ids([before])[0], carried
+        """Prefix ids, and what has to be tokenised with the text: the prefix's last token and what follows it."""
+        rendered = self._chat.render(conversation(self.variant, request, num_images, _TEXT))
+        before = rendered[: rendered.index(_TEXT)]
+        ends = [(before.rindex(token) + len(token), token) for token in self._control if token in before]
+        cut, last = max(ends, key=lambda end: (end[0], len(end[1])), default=(0, ""))
+        return self._ids([before[:cut]])[0], last + before[cut:]
 
     def _clean(self, text: str, what: str) -> str:
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise PromptError(f"the {what} is no valid Unicode: {error}") from None
-        for token in self._control:
+        for token in (*self._control, _TEXT):
             if token in text:
                 raise PromptError(f"the {what} contains the control token {token!r}; remove it from the {what}")
         return text
@@ -157,14 +128,17 @@ class Prompter:
                 if request is not None:
                     self._clean(request, "request")
                 prefix, carried = self._prefix(request, images)
-                prepared.append((prefix, carried + clean))
+                prepared.append((prefix, carried + clean + self._tail))
             except PromptError as error:
                 prepared.append(error)
         ids = iter(self._ids([p[1] for p in prepared if not isinstance(p, PromptError)] or [""]))
-        return [
-            p if isinstance(p, PromptError) else Encoded(p[0], np.concatenate([next(ids), self.closing]))
-            for p in prepared
-        ]
+
+        def encoded(prefix: np.ndarray) -> Encoded:
+            # The prefix's last token was tokenised again in front of the text, so that blanks fall as they do there.
+            text = next(ids)[1 if len(prefix) else 0 :]
+            return Encoded(prefix, np.concatenate([text, self.closing]))
+
+        return [p if isinstance(p, PromptError) else encoded(p[0]) for p in prepared]
 
     def shorten(self, text: np.ndarray, room: int) -> np.ndarray:
         """Cuts the tail of `text` to `room` tokens; its closing tokens stay, so the same kind of token is pooled."""

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from multitap_jax.data.decode import ImageError
 from multitap_jax.data.fields import (
     BadRecord,
     ImagePaths,
@@ -26,7 +27,6 @@ from multitap_jax.data.fields import (
     read_ratings,
     read_string,
 )
-from multitap_jax.data.images import ImageError
 from multitap_jax.data.tables import RecordsError, Row, Unreadable, find_records_file, nearest, read_rows
 
 __all__ = [

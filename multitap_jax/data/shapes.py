@@ -5,9 +5,10 @@ share of attention, whose cost grows with the row: tokens * (1 + length / (6 * h
 24 H^2 per token outside attention and 4 S H inside it, counting a multiply-add as two).
 """
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from multitap_jax.data.layouts import Vision
 from multitap_jax.data.packing import Shape
 from multitap_jax.data.placement import Group, need, place
 
@@ -39,12 +40,22 @@ def vision_length(patches: Mapping[Hashable, int], multiple: int = 4) -> int:
     return round_up(-(-max(patches.values(), default=0) // multiple), fineness=32) * multiple
 
 
+def images_per_row(images: Iterable[Sequence[Hashable]], vision: Vision) -> int | None:
+    """I, the image tokens that a row may hold: those of the pair with most; None where images stand in the row.
+
+    Attention to images kept apart costs S * I, whether a token sees an image or not, so rows hold as few as can be.
+    """
+    return max(map(len, images), default=0) if vision.layout.apart else None
+
+
 def row_cost(row_length: int, hidden: int) -> float:
     """Relative cost of one row; see the module docstring."""
     return row_length * (1.0 + row_length / (6.0 * hidden))
 
 
-def choose_row_length(groups: Sequence[Group], hidden: int, limit: int, known: Collection[int] = ()) -> int:
+def choose_row_length(
+    groups: Sequence[Group], hidden: int, limit: int, known: Collection[int] = (), max_images: int | None = None
+) -> int:
     """The cheapest row length of the ladder for these groups.
 
     Args:
@@ -52,6 +63,7 @@ def choose_row_length(groups: Sequence[Group], hidden: int, limit: int, known: C
       hidden: hidden size of the decoder, for the cost of a row.
       limit: longest row, unless a single pair needs more.
       known: row lengths that programs exist for; one of them is kept unless another saves a tenth.
+      max_images: see `images_per_row`.
 
     Raises:
       ValueError: for a pair longer than the longest row of the ladder.
@@ -61,15 +73,17 @@ def choose_row_length(groups: Sequence[Group], hidden: int, limit: int, known: C
     if not fitting:
         raise ValueError(f"a pair of {longest} tokens is longer than the longest row, {ROW_LENGTHS[-1]} tokens")
     candidates = [n for n in fitting if n <= limit] or fitting[:1]
-    sample = [g._replace(images=()) for g in groups[:: -(-len(groups) // SAMPLE)]]
+    sample = groups[:: -(-len(groups) // SAMPLE)]
+    no_patches = {key: 0 for group in sample for key in group.images}
 
     def cost(length: int) -> float:
         cells = place(
             sample,
-            {},
+            no_patches,
             row_length=length,
             max_texts=texts_per_row(length),
             vision_length=0,
+            max_images=max_images,
         )
         return need(cells).rows * row_cost(length, hidden)
 
@@ -88,25 +102,31 @@ class ShapeBook:
     Args:
       hidden: hidden size of the decoder, for the cost of a row.
       cells: rows and vision rows are multiples of this.
+      block: patches of a vision row are multiples of this.
     """
 
-    def __init__(self, hidden: int, cells: int = 1):
+    def __init__(self, hidden: int, cells: int = 1, block: int = 1):
         self._hidden = hidden
         self._cells = cells
+        self._block = block
         self.shapes: list[Shape] = []
 
     def _cost(self, shape: Shape) -> float:
         # A patch costs about as much as a quarter of a token in towers of the published proportions.
         return shape.rows * row_cost(shape.tokens, self._hidden) + shape.vision_rows * shape.patches / 4
 
-    def fit(self, rows: int, tokens: int, vision_rows: int, patches: int) -> Shape:
-        """The shape for a batch whose fullest cell needs `rows` rows of `tokens` and `vision_rows` of `patches`."""
+    def fit(self, rows: int, tokens: int, vision_rows: int, patches: int, images: int = 0) -> Shape:
+        """The shape for a batch whose fullest cell needs `rows` rows of `tokens` and `vision_rows` of `patches`.
+
+        `images` is the I of `batch.py`.
+        """
         wanted = Shape(
             round_up(rows) * self._cells,
             tokens,
             texts_per_row(tokens),
             round_up(vision_rows) * self._cells,
             patches if vision_rows else 0,
+            images,
         )
         if wanted in self.shapes:
             return wanted
@@ -117,14 +137,16 @@ class ShapeBook:
             and s.tokens == wanted.tokens
             and s.vision_rows >= wanted.vision_rows
             and s.patches >= wanted.patches
+            and s.images >= wanted.images
         ]
         best = min(fitting, key=self._cost, default=None)
         crowded = sum(s.tokens == wanted.tokens for s in self.shapes) >= LIMIT
         if best is not None and (crowded or self._cost(best) <= WASTE * self._cost(wanted)):
             return best
         if crowded:
-            bounded = {name: _power_of_two(getattr(wanted, name)) for name in ("rows", "vision_rows", "patches")}
-            wanted = replace(wanted, **bounded)
+            bounded = {name: _power_of_two(getattr(wanted, name)) for name in ("rows", "vision_rows")}
+            blocks = _power_of_two(-(-wanted.patches // self._block))
+            wanted = replace(wanted, **bounded, patches=blocks * self._block)
         self.shapes.append(wanted)
         return wanted
 

@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from multitap_jax.batch import PackedBatch
-from multitap_jax.data.images import ImageError, ImagePatches, ImageReader
-from multitap_jax.data.packing import Example, Vision, group_examples, pack
+from multitap_jax.data.decode import ImageError
+from multitap_jax.data.images import ImagePatches, ImageReader
+from multitap_jax.data.layouts import Grid, Vision
+from multitap_jax.data.packing import Example, group_examples, pack
 from multitap_jax.data.placement import Group, need, place
 from multitap_jax.data.prompts import Encoded, Prompter, PromptError
-from multitap_jax.data.shapes import ShapeBook, choose_row_length, texts_per_row, vision_length
+from multitap_jax.data.shapes import ShapeBook, choose_row_length, images_per_row, texts_per_row, vision_length
 
 
 class Pair(NamedTuple):
@@ -81,7 +83,7 @@ class StreamPacker:
         self._prompter, self._reader, self._vision = prompter, reader, vision
         self._hidden, self._cells = hidden, cells
         self.batch_tokens, self.max_length, self.truncate = batch_tokens, max_length, truncate
-        self.book = ShapeBook(hidden, cells)
+        self.book = ShapeBook(hidden, cells, vision.layout.block[0])
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
 
     def window(self, pairs: Sequence[Pair]) -> Window:
@@ -91,7 +93,7 @@ class StreamPacker:
         encoded = self._prompter.encode(
             [p.text for p in pairs], [p.request for p in pairs], [len(p.images) for p in pairs]
         )
-        grids: dict[Hashable, tuple[int, int]] = {image.key: image.grid for image in images.values()}
+        grids: dict[Hashable, Grid] = {image.key: image.grid for image in images.values()}
         examples: list[Example] = []
         usable: list[int] = []
         for index, (pair, item) in enumerate(zip(pairs, encoded, strict=True)):
@@ -101,7 +103,7 @@ class StreamPacker:
                 error = str(item)
             if error is None and isinstance(item, Encoded):
                 keys = tuple(images[s].key for s in sources)
-                prefix = len(item.prefix) + sum(self._vision.cells(grids[key]) - 1 for key in keys)
+                prefix = len(item.prefix) + sum(self._vision.layout.num_tokens(grids[key]) - 1 for key in keys)
                 error = self._fit(out, index, item, prefix, keys, examples)
             out.errors[index] = error
             if error is None:
@@ -163,15 +165,17 @@ class StreamPacker:
         examples: list[Example],
         usable: list[int],
         images: dict[Hashable, ImagePatches],
-        grids: dict[Hashable, tuple[int, int]],
+        grids: dict[Hashable, Grid],
     ) -> Iterator[PackedBatch]:
         if not examples:
             return
         groups, prefixes = self._bounded(*group_examples(examples, grids, self._vision))
-        patches = {key: rows * columns for key, (rows, columns) in grids.items()}
-        longest = vision_length(patches, self._vision.merge**2)
+        layout = self._vision.layout
+        patches = {key: layout.num_patches(grid) for key, grid in grids.items()}
+        longest = vision_length(patches, layout.block[0])
+        max_images = images_per_row([example.images for example in examples], self._vision)
         known = {shape.tokens for shape in self.book.shapes}
-        row_length = choose_row_length(groups, self._hidden, max(self.max_length, 4096), known)
+        row_length = choose_row_length(groups, self._hidden, max(self.max_length, 4096), known, max_images)
         lookup = np.asarray([*usable, -1], np.int32)
         for first, last in self._cuts(groups):
             part = groups[first:last]
@@ -181,10 +185,11 @@ class StreamPacker:
                 row_length=row_length,
                 max_texts=texts_per_row(row_length),
                 vision_length=longest,
+                max_images=max_images,
                 cells=self._cells,
             )
             rows, vision_rows = need(cells)
-            shape = self.book.fit(rows, row_length, vision_rows, longest)
+            shape = self.book.fit(rows, row_length, vision_rows, longest, max_images or 0)
             batch = pack(examples, images, part, prefixes[first:last], cells, shape, self._vision)
             yield batch._replace(record=lookup[batch.record])
 

@@ -17,7 +17,7 @@ from flax import nnx
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from multitap_jax.backbones import from_config
+from multitap_jax.families import from_config
 from multitap_jax.weights.hub import save_backbone
 
 IMAGE_SIZE = 84

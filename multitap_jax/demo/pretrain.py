@@ -67,7 +67,7 @@ def pretrain(backbone: Backbone, processing: Processing, train: Path, *, seed: i
         prepared,
         processing.reader,
         processing.vision,
-        hidden=backbone.config.hidden_size,
+        hidden=backbone.config.text.hidden_size,
         batch_size=BATCH,
         epochs=-(-steps * BATCH // len(records)),
         seed=seed,

@@ -178,7 +178,7 @@ def training_config(world: WorldPaths, folder: Path, settings: dict) -> TrainCon
 def _score_all(demo: Demo, world: WorldPaths, artefact: Path) -> None:
     folder = demo.workdir
     backbone = load_backbone(folder / "base")
-    head = RewardHead(backbone.config.hidden_size, rngs=nnx.Rngs(demo.settings["seed"]))
+    head = RewardHead(backbone.config.text.hidden_size, rngs=nnx.Rngs(demo.settings["seed"]))
     untrained = Artefact.save(
         folder / "untrained",
         RewardModel(backbone, head),

@@ -155,7 +155,7 @@ def path_name(path: Sequence[Any]) -> str:
 def _cut_heads(tree: Any, mesh: Mesh) -> Iterator[str]:
     """A flattened head dimension may divide where the heads do not; each layer would then move its heads about."""
     config, tensor = getattr(getattr(tree, "backbone", tree), "config", None), mesh.shape["tensor"]
-    for name in ("num_heads", "num_kv_heads", "vision_heads"):
-        count = getattr(config, name, None)
+    for part, name in (("text", "num_heads"), ("text", "num_kv_heads"), ("vision", "num_heads")):
+        count = getattr(getattr(config, part, None), name, None)
         if isinstance(count, int) and count % tensor:
-            yield f"config.mesh.tensor = {tensor} does not divide {name} = {count}; choose a divisor of {count}"
+            yield f"config.mesh.tensor = {tensor} does not divide {part}.{name} = {count}; choose a divisor of {count}"

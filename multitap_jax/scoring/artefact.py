@@ -6,7 +6,6 @@ and what it says about itself is checked when it is read.
 """
 
 import dataclasses
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from safetensors.numpy import save as tensors_to_bytes
 
 from multitap_jax.data.processing import Contract
+from multitap_jax.families import abstract_backbone
 from multitap_jax.files import (
     file_hash,
     json_bytes,
@@ -40,10 +40,9 @@ from multitap_jax.scoring.manifest import (
 )
 from multitap_jax.stage2.head import RidgeHead
 from multitap_jax.weights.files import read_file, read_json, read_tensors
-from multitap_jax.weights.hub import abstract_backbone, load_backbone, save_backbone
+from multitap_jax.weights.hub import load_backbone, save_backbone, unused_tensors
 
 CONFIG = "config.json"
-OUTPUT_EMBEDDING = r"(language_model\.)?lm_head\.weight|output\.weight"
 # What a tokenizer or an image processor is made of; never code.
 COMPANIONS = (
     "tokenizer*.json",
@@ -134,7 +133,7 @@ class Artefact:
         Args:
           folder: where to; must be empty or absent, or, with `overwrite`, hold an artefact.
           model: backbone and reward head.
-          base: folder whose `config.json`, tokenizer, processor and (untied) output embedding go along.
+          base: folder whose `config.json`, tokenizer, processor and tensors without use for a score go along.
           contract: what turns a pair into tokens, positions and pixels.
           overall: the target the reward head was trained on.
           ridge: heads of the objectives, with `objectives` describing them in the same order.
@@ -150,7 +149,7 @@ class Artefact:
         config = _read_config(base)
         _check_same_model(model, base)
         with new_folder(Path(folder), replaceable=lambda old: overwrite and (old / MANIFEST).is_file()) as new:
-            save_backbone(model.backbone, new, dtype=dtype, extra=output_embedding(base, config))
+            save_backbone(model.backbone, new, dtype=dtype, extra=unused_tensors(base))
             (new / CONFIG).write_bytes(json_bytes(config))
             for path in companion_files(base):
                 shutil.copyfile(path, new / path.name)
@@ -272,16 +271,6 @@ def hidden_size(config: Mapping[str, Any]) -> int:
 def companion_files(folder: Path) -> list[Path]:
     """Tokenizer, processor and generation files of a model folder, sorted by name."""
     return sorted({path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()})
-
-
-def output_embedding(folder: Path, config: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The output embedding of a folder whose config does not tie it to the input embedding; {} where there is none.
-
-    No score needs it, but transformers and the official code load it, so it goes along unchanged.
-    """
-    if {**config.get("text_config", {}), **config}.get("tie_word_embeddings", False):
-        return {}
-    return {name: tensor for name, tensor in read_tensors(folder).items() if re.fullmatch(OUTPUT_EMBEDDING, name)}
 
 
 def _check_is_artefact(folder: Path) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from multitap_jax import __version__
 from multitap_jax.config import ConfigError, TrainConfig, to_dict
 from multitap_jax.data.pipeline import PackedDataset, prepare
-from multitap_jax.data.processing import DEFAULT_POLICY, DEFAULT_POSITIONS, Contract, Processing
+from multitap_jax.data.processing import Contract, Processing
 from multitap_jax.data.records import (
     Record,
     Rejected,
@@ -23,6 +23,7 @@ from multitap_jax.data.records import (
     split_by_group,
     write_rejected,
 )
+from multitap_jax.families import read_config
 from multitap_jax.files import sole_writer
 from multitap_jax.parallel.mesh import make_mesh, param_shardings
 from multitap_jax.reward import RewardHead, RewardModel
@@ -68,7 +69,7 @@ def _run(config: TrainConfig, workdir: Path, console: Console) -> RunResult:
     train_records, held_out = _records(config, rejected)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     model = _model(config, base, mesh)
-    hidden = model.backbone.config.hidden_size
+    hidden = model.backbone.config.text.hidden_size
     dataset = _dataset(config, processing, train_records, hidden, rejected, cells=shards * config.accumulation)
     evaluation = (
         _dataset(config, processing, held_out, hidden, rejected, cells=shards, held_out=True) if held_out else None
@@ -113,14 +114,12 @@ def _finished_before(folder: Path, result: TrainResult, provenance: dict[str, An
 
 
 def _contract(config: TrainConfig, base: Path) -> Contract:
-    """The settings that the scores will depend on; "auto" takes the artefact's, else the defaults."""
+    """The settings that the scores will depend on; "auto" takes the artefact's, else the family's."""
     saved = Artefact.open(base).manifest.contract if (base / MANIFEST).is_file() else None
-    positions, policy = config.model.position_mode, config.data.image_policy
-    return Contract(
-        prompt=config.data.prompt,
-        position_mode=positions if positions != "auto" else saved.position_mode if saved else DEFAULT_POSITIONS,
-        image_policy=policy if policy != "auto" else saved.image_policy if saved else DEFAULT_POLICY,
-    )
+    chosen = {"position_mode": config.model.position_mode, "image_policy": config.data.image_policy}
+    kept = {name: getattr(saved, name) for name in chosen} if saved else {}
+    chosen = {name: value for name, value in chosen.items() if value != "auto"}
+    return Contract.of(read_config(base)[0], prompt=config.data.prompt, **{**kept, **chosen})
 
 
 def _records(config: TrainConfig, rejected: list[Rejected]) -> tuple[list[Record], list[Record]]:
@@ -186,7 +185,7 @@ def _model(config: TrainConfig, base: Path, mesh: jax.sharding.Mesh) -> RewardMo
         _, model, _ = Artefact.load(base, shardings=lambda backbone: param_shardings(backbone, mesh))
     else:
         backbone = load_backbone(base, shardings=lambda backbone: param_shardings(backbone, mesh))
-        model = RewardModel(backbone, RewardHead(backbone.config.hidden_size, rngs=nnx.Rngs(config.seed)))
+        model = RewardModel(backbone, RewardHead(backbone.config.text.hidden_size, rngs=nnx.Rngs(config.seed)))
     if config.trainable.parts == "lora":
         add_lora(model, config.trainable, nnx.Rngs(config.seed + 1))
     return jax.device_put(model, param_shardings(model, mesh))

@@ -60,7 +60,7 @@ def init_state(partition: Partition, optimizer: optax.GradientTransformation, me
     return jax.jit(build, out_shardings=shardings)(trainable)
 
 
-def split_cells(batch: PackedBatch, shards: int, micro: int, merge_size: int) -> PackedBatch:
+def split_cells(batch: PackedBatch, shards: int, micro: int, block: tuple[int, int]) -> PackedBatch:
     """[rows, ...] -> [micro, shards, rows / (shards * micro), ...]; `image_cell` counts from the start of its cell.
 
     Raises:
@@ -79,7 +79,7 @@ def split_cells(batch: PackedBatch, shards: int, micro: int, merge_size: int) ->
 
     out = PackedBatch(*map(cut, batch))
     rows, patches = out.patches.shape[2:4]
-    features = rows * (patches // merge_size**2)
+    features = rows * (patches // block[0] * block[1])
     number = jnp.arange(shards, dtype=jnp.int32)[None, :] * micro + jnp.arange(micro, dtype=jnp.int32)[:, None]
     first = features * number
     local = out.image_cell - first[:, :, None, None]
@@ -137,7 +137,7 @@ def make_train_step(
         return grads, total, count, logits
 
     def step(state: TrainState, frozen: nnx.State, batch: PackedBatch) -> tuple[TrainState, Metrics]:
-        cells = split_cells(batch, shards, accumulation, partition.merge_size)
+        cells = split_cells(batch, shards, accumulation, partition.block)
         grads, total, count, logits = accumulate(state.trainable, frozen, cells)
         pairs = jnp.maximum(count, 1.0)
         grads = jax.tree.map(lambda g: g / pairs, grads)
@@ -174,7 +174,7 @@ def make_eval_step(
     shards, execution = batch_shards(mesh), dataclasses.replace(execution, mesh=mesh)
 
     def step(trainable: nnx.State, frozen: nnx.State, batch: PackedBatch) -> jax.Array:
-        cells = jax.tree.map(lambda x: x[0], split_cells(batch, shards, 1, partition.merge_size))
+        cells = jax.tree.map(lambda x: x[0], split_cells(batch, shards, 1, partition.block))
         return join_cells(forward(nnx.merge(partition.graph, trainable, frozen), cells, execution)[None])
 
     return jax.jit(step, out_shardings=replicated(mesh))

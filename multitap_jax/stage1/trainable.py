@@ -25,13 +25,13 @@ _LEARNS: dict[str, Callable[[Path], bool]] = {
 class Partition(NamedTuple):
     """A model in three: its structure, the parameters that learn and those that do not (`nnx.merge` joins them).
 
-    `merge_size` is the m of `batch.py`, which the cutting into micro-batches needs.
+    `block` is that of `Layout`, which the cutting into micro-batches needs.
     """
 
     graph: nnx.GraphDef
     trainable: nnx.State
     frozen: nnx.State
-    merge_size: int
+    block: tuple[int, int]
 
     def model(self, trainable: nnx.State | None = None) -> RewardModel:
         """The model, with other values of what learns if given."""
@@ -53,7 +53,7 @@ def partition(model: RewardModel, parts: str) -> Partition:
     graph, trainable, frozen = nnx.split(model, lambda path, _: _LEARNS[parts](path), ...)  # type: ignore[misc]
     if parts == "lora" and not any(linear.lora_a is not None for _, linear in _linears(model)):
         raise ConfigError("config.trainable.parts = 'lora', but the model has no adapters; call add_lora(model) first")
-    return Partition(graph, trainable, frozen, model.backbone.config.merge_size)
+    return Partition(graph, trainable, frozen, model.backbone.config.block)
 
 
 def add_lora(model: nnx.Module, config: TrainableConfig, rngs: nnx.Rngs) -> None:

@@ -1,15 +1,5 @@
-"""Weights in and out: invertible rule tables, streaming safetensors, errors that list every problem."""
+"""Weights in and out: invertible rule tables, streaming safetensors, errors that list every problem.
 
-from multitap_jax.weights.files import FolderError, read_tensors
-from multitap_jax.weights.hub import abstract_backbone, export_tensors, load_backbone, save_backbone
-from multitap_jax.weights.mapping import WeightError
-
-__all__ = [
-    "FolderError",
-    "WeightError",
-    "abstract_backbone",
-    "export_tensors",
-    "load_backbone",
-    "read_tensors",
-    "save_backbone",
-]
+`hub.py` loads and saves backbones; `files.py` reads and writes safetensors folders; `mapping.py` is the table engine;
+one further file a family holds its table.
+"""

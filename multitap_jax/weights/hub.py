@@ -11,34 +11,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from multitap_jax.backbones import Backbone, UnsupportedModelError, from_config
-from multitap_jax.config import ConfigError
-from multitap_jax.weights import qwen2_vl
-from multitap_jax.weights.files import FolderError, read_json, read_tensors, write_folder
+from multitap_jax.backbones import Backbone
+from multitap_jax.families import abstract_backbone, read_config, weight_table
+from multitap_jax.weights.files import read_tensors, write_folder
 from multitap_jax.weights.mapping import Slot, Table, WeightError, match, named_params, plan
-
-_TABLES: dict[str, Table] = {"qwen2_vl": qwen2_vl.TABLE}
-
-
-def abstract_backbone(folder: str | Path, *, param_dtype: Any = jnp.float32) -> Backbone:
-    """The backbone that a folder's `config.json` describes, with shapes in place of arrays.
-
-    Pixel statistics come from `preprocessor_config.json` or `processor_config.json` where there is one.
-
-    Raises:
-      FolderError: `config.json` is missing or describes something that is not implemented.
-    """
-    folder = Path(folder)
-    config, preprocessor = read_json(folder / "config.json"), None
-    if (folder / "preprocessor_config.json").is_file():
-        preprocessor = read_json(folder / "preprocessor_config.json")
-    elif (folder / "processor_config.json").is_file():
-        preprocessor = read_json(folder / "processor_config.json").get("image_processor")
-    build = lambda: from_config(config, rngs=nnx.Rngs(0), param_dtype=param_dtype, preprocessor=preprocessor)
-    try:
-        return nnx.eval_shape(build)
-    except (UnsupportedModelError, ConfigError) as error:
-        raise FolderError(f"{folder / 'config.json'}: {error}") from error
 
 
 def load_backbone(
@@ -61,7 +37,7 @@ def load_backbone(
         the token table.
     """
     model: Any = abstract_backbone(folder, param_dtype=param_dtype)
-    table, params = _TABLES[model.config.model_type], named_params(model)
+    table, params = weight_table(model), named_params(model)
     tensors = read_tensors(folder)
     slots = plan(table, params)
     try:
@@ -87,7 +63,7 @@ def export_tensors(model: Any, prefix: str = "") -> Iterator[tuple[str, np.ndarr
       WeightError: the model has adapters; merge them first.
     """
     params = named_params(model)
-    for slot in plan(_TABLES[model.config.model_type], params):
+    for slot in plan(weight_table(model), params):
         leaf = params[slot.path]
         value = np.asarray(leaf if slot.layer is None else leaf[slot.layer])
         yield prefix + slot.key, np.ascontiguousarray(value.transpose(slot.inverse))
@@ -117,7 +93,7 @@ def save_backbone(
     """
     params, extra = named_params(model), dict(extra or {})
     headers = {}
-    for slot in plan(_TABLES[model.config.model_type], params):
+    for slot in plan(weight_table(model), params):
         headers[prefix + slot.key] = (slot.shape, np.dtype(dtype or params[slot.path].dtype))
     taken = sorted(headers.keys() & extra.keys())
     if taken:
@@ -133,9 +109,21 @@ def save_backbone(
     )
 
 
+def unused_tensors(folder: str | Path) -> dict[str, np.ndarray]:
+    """Tensors of a folder that no score needs but other programs load, such as an output embedding of its own.
+
+    Raises:
+      FolderError: see `families.read_config` and `read_tensors`.
+    """
+    family, config = read_config(folder)
+    table = family.table(config)
+    own = {key for key, other in table.unused.items() if other is None or not config.tie_word_embeddings}
+    return {name: tensor for name, tensor in read_tensors(folder).items() if table.canonical(name) in own}
+
+
 def _compare_tied(table: Table, names: Mapping[str, str], tensors: Mapping[str, np.ndarray]) -> None:
     for key, other in table.unused.items():
-        if key in names and not np.array_equal(tensors[names[key]], tensors[names[other]]):
+        if key in names and other is not None and not np.array_equal(tensors[names[key]], tensors[names[other]]):
             raise WeightError(
                 f"{names[key]} differs from {names[other]}, but tie_word_embeddings is true: they must be one tensor"
             )

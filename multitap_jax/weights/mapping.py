@@ -16,7 +16,8 @@ import numpy as np
 TRANSFORMS: dict[str, Callable[[int], tuple[int, ...]]] = {
     "identity": lambda ndim: tuple(range(ndim)),
     "transpose": lambda ndim: (1, 0),  # torch Linear [out, in] -> [in, out]
-    "patch_conv": lambda ndim: (2, 1, 3, 4, 0),  # torch Conv3d [E, C, T, h, w] -> [T, C, h, w, E]
+    "conv2d": lambda ndim: (1, 2, 3, 0),  # torch Conv2d [E, C, h, w] -> [C, h, w, E]
+    "conv3d": lambda ndim: (2, 1, 3, 4, 0),  # torch Conv3d [E, C, T, h, w] -> [T, C, h, w, E]
 }
 
 
@@ -26,11 +27,19 @@ class WeightError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One line of a table: hub key (with `{layer}` for a stacked parameter), parameter path, name of a transform."""
+    """One line of a table.
+
+    Attributes:
+      key: hub key, with `{layer}` for a stacked parameter.
+      path: parameter path.
+      transform: name of a transform.
+      layers: the numbers that stand for `{layer}`, one for each of the stack; None for 0, 1, ...
+    """
 
     key: str
     path: str
     transform: str = "identity"
+    layers: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +48,21 @@ class Table:
 
     Attributes:
       rules: one a parameter; keys and paths are each unique.
-      canonical: turns every known spelling of a key into the hub's.
+      spellings: (prefix, prefix of the hub) pairs; the first that a key starts with is replaced.
       unused: keys that a checkpoint may hold but an encoder has no use for -> key whose tensor it equals when the
-        configuration ties the two.
+        configuration ties the two, or None.
     """
 
     rules: tuple[Rule, ...]
-    canonical: Callable[[str], str]
-    unused: Mapping[str, str]
+    spellings: tuple[tuple[str, str], ...]
+    unused: Mapping[str, str | None]
+
+    def canonical(self, key: str) -> str:
+        """The hub's spelling of a key in any known spelling."""
+        for prefix, hub in self.spellings:
+            if key.startswith(prefix):
+                return hub + key.removeprefix(prefix)
+        return key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +149,7 @@ def match(
     problems += [f"missing: {prefix}{key} {list(shape)}" for key, shape in wanted.items() if key not in found]
     if problems:
         raise WeightError(f"{len(problems)} tensors do not fit the model:\n  " + "\n  ".join(problems))
-    return {key: name for key, name in found.items() if key in wanted or tied}
+    return {key: name for key, name in found.items() if key in wanted or (tied and table.unused[key] is not None)}
 
 
 def _slots(rule: Rule, shape: tuple[int, ...]) -> list[Slot]:
@@ -143,7 +159,10 @@ def _slots(rule: Rule, shape: tuple[int, ...]) -> list[Slot]:
     source = tuple(tail[axis] for axis in np.argsort(axes))
     if not stacked:
         return [Slot(rule.key, rule.path, None, source, axes)]
-    keys = [rule.key.replace("{layer}", str(layer)) for layer in range(shape[0])]
+    numbers = range(shape[0]) if rule.layers is None else rule.layers
+    if len(numbers) != shape[0]:
+        raise WeightError(f"{rule.path}: {len(numbers)} layers are named, but {shape[0]} are stacked")
+    keys = [rule.key.replace("{layer}", str(number)) for number in numbers]
     return [Slot(key, rule.path, layer, source, axes) for layer, key in enumerate(keys)]
 
 

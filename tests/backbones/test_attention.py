@@ -118,3 +118,34 @@ def test_an_unknown_backend_is_refused_by_name():
         UnsupportedAttentionError, match="'flash' is no backend; known: auto, blockwise, chunked, dense"
     ):
         make_visibility(SEGMENT, causal=True, backend="flash")
+
+
+def test_queries_and_keys_of_their_own_equal_the_slow_loop(monkeypatch):
+    """Fewer keys than queries, other ids and columns on each side: what cross-attention asks for."""
+    monkeypatch.setattr(module, "CHUNK", 4)
+    rng = np.random.default_rng(3)
+    make = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    q, k, v = make(2, 11, 6, 8), make(2, 7, 2, 8), make(2, 7, 2, 8)
+    ids = lambda low, *shape: rng.integers(low, 4, shape).astype(np.int32)
+    queries = module.Queries(ids(0, 2, 11), ids(1, 2, 11), ids(0, 2, 11))
+    keys = module.Keys(ids(1, 2, 7), ids(0, 2, 7))
+    expected, real = np.zeros(q.shape), np.zeros((2, 11), bool)
+    for b, s, a in np.ndindex(2, 11, 6):
+        wanted = (queries.segment[b, s], queries.prefix[b, s])
+        seen = [
+            t
+            for t in range(7)
+            if queries.segment[b, s] > 0 and keys.segment[b, t] in wanted and keys.column[b, t] <= queries.column[b, s]
+        ]
+        if seen:
+            real[b, s] = True
+            scores = np.array([q[b, s, a].astype(np.float64) @ k[b, t, a // 3] for t in seen]) / 8**0.5
+            weights = np.exp(scores - scores.max())
+            expected[b, s, a] = (weights / weights.sum()) @ v[b, seen, a // 3]
+    assert real.any()
+    assert not real.all()
+    for backend in module.BACKENDS:
+        visibility = module.make_cross_visibility(queries, keys, backend=backend)
+        got = np.asarray(attention(*map(jnp.asarray, (q, k, v)), visibility))
+        np.testing.assert_allclose(got[real], expected[real], atol=2e-6, rtol=0, err_msg=backend)
+        assert np.isfinite(got).all()

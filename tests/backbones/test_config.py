@@ -3,8 +3,9 @@
 import pytest
 from flax import nnx
 
-from multitap_jax.backbones import Qwen2VLConfig, UnsupportedModelError, from_config
+from multitap_jax.backbones.qwen2_vl import Qwen2VLConfig
 from multitap_jax.config import ConfigError
+from multitap_jax.families import UnsupportedModelError, from_config
 from tests.tiny_qwen2_vl import tiny_config
 
 
@@ -29,8 +30,7 @@ def test_a_nested_tie_from_before_transformers_5_counts():
 
 def test_derived_sizes():
     config = Qwen2VLConfig.from_hf(tiny_config())
-    assert (config.head_dim, config.vision_head_dim, config.patch_features) == (16, 16, 588)
-    assert config.vision_intermediate_size == 64
+    assert (config.text.head_dim, config.vision.intermediate_size, config.vision.pixels.features) == (16, 64, 588)
     assert hash(config) == hash(Qwen2VLConfig.from_hf(tiny_config()))
 
 

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from multitap_jax.backbones import Execution, attention, from_config, num_params
+from multitap_jax.backbones import Execution, attention
 from multitap_jax.backbones.stack import collect_layers, run_layers
 from multitap_jax.batch import PackedBatch
-from multitap_jax.weights import load_backbone
+from multitap_jax.families import from_config, num_params
+from multitap_jax.weights.hub import load_backbone
 from multitap_jax.weights.mapping import named_params
 from tests.tiny_qwen2_vl import pack, random_group, tiny_config, write_folder
 

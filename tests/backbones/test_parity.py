@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from multitap_jax.backbones import Execution
-from multitap_jax.weights import load_backbone
+from multitap_jax.weights.hub import load_backbone
 from tests.goldens import CASES, groups
 from tests.tiny_qwen2_vl import pack, tiny_config, torch_inputs, torch_model, torch_pooled, write_folder
 

@@ -13,7 +13,9 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from multitap_jax.data import images
-from multitap_jax.data.images import ImageError, ImagePolicy, ImageReader, decode_image
+from multitap_jax.data.decode import ImageError, decode_image
+from multitap_jax.data.images import ImageReader
+from multitap_jax.data.layouts import GridLayout, ImagePolicy
 
 SHARED = Path(os.environ.get("MULTITAP_SHARED_DATA", Path(__file__).parents[2].parent / "shared/data"))
 RNG = np.random.default_rng(0)
@@ -58,8 +60,8 @@ def test_unknown_policies_are_refused(text):
 
 def test_a_square_must_fit_the_patches():
     with pytest.raises(ImageError, match=r"multiple of 28 pixels .* nearest are 532 and 560"):
-        ImageReader("square:550")
-    assert ImageReader("square:32", patch_size=8, merge_size=2)(noise(5, 5)).grid == (4, 4)
+        ImageReader(GridLayout("square:550"))
+    assert ImageReader(GridLayout("square:32", 8, 2))(noise(5, 5)).grid == (4, 4)
 
 
 # Sizes around every branch of the size rule: rounding half to even, too large, too small, very long.
@@ -80,9 +82,9 @@ SIZES = [
 
 @pytest.mark.parametrize("policy", [NATIVE, "native:784:7840", "native:100352:200704"])
 def test_native_patches_equal_the_processor(policy):
-    low, high = ImagePolicy.parse(policy).min_pixels, ImagePolicy.parse(policy).max_pixels
+    low, high = ImagePolicy.parse(policy).numbers
     processor = Qwen2VLImageProcessorPil(size={"shortest_edge": low, "longest_edge": high})
-    reader = ImageReader(policy)
+    reader = ImageReader(GridLayout(policy))
     for height, width in SIZES:
         image = Image.fromarray(noise(height, width))
         raw = processor(image, do_rescale=False, do_normalize=False)
@@ -105,7 +107,7 @@ def test_square_patches_equal_the_official_resize_and_the_processor():
     official = image.convert("RGB").resize((112, 112))
     processor = Qwen2VLImageProcessorPil()
     raw = processor(official, do_rescale=False, do_normalize=False)
-    result = ImageReader("square:112")(image)
+    result = ImageReader(GridLayout("square:112"))(image)
     assert result.grid == (8, 8)
     np.testing.assert_array_equal(result.patches, raw["pixel_values"].reshape(-1, 3, 2, 196)[:, :, 0].reshape(-1, 588))
 
@@ -115,7 +117,7 @@ def test_patch_order_is_block_major():
     for row in range(4):
         for column in range(6):
             tall[row * 14 : row * 14 + 14, column * 14 : column * 14 + 14] = row * 10 + column
-    patches = ImageReader(NATIVE)(tall).patches
+    patches = ImageReader(GridLayout(NATIVE))(tall).patches
     assert (patches == patches[:, :1]).all()
     assert patches[:8, 0].tolist() == [0, 1, 10, 11, 2, 3, 12, 13]
     assert patches[12:16, 0].tolist() == [20, 21, 30, 31]
@@ -125,7 +127,7 @@ def test_the_key_follows_content(tmp_path):
     pixels = noise(40, 60)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     Image.fromarray(pixels).save(tmp_path / "b.bmp")
-    reader = ImageReader(NATIVE)
+    reader = ImageReader(GridLayout(NATIVE))
     first = reader(tmp_path / "a.png")
     assert first.key == reader(str(tmp_path / "b.bmp")).key == reader(pixels).key == reader(Image.fromarray(pixels)).key
     assert reader(pixels.transpose(1, 0, 2)).key != first.key
@@ -221,7 +223,7 @@ def test_exif_orientation(tmp_path, kind, orientation):
     decoded = decode_image(path)
     assert decoded.size == (64, 32)
     assert np.abs(np.asarray(decoded).astype(int) - upright).mean() < 3
-    reader = ImageReader("native:784:2048")
+    reader = ImageReader(GridLayout("native:784:2048"))
     assert reader.grid_of(path) == reader(path).grid == (2, 4)
     with Image.open(path) as image:
         assert decode_image(image).size == (64, 32)
@@ -281,11 +283,11 @@ def test_pixel_limit_holds_before_decoding(tmp_path, monkeypatch):
     path.write_bytes(png(200, 100))  # no pixel data: decoding it would say "truncated"
     for call in (
         lambda: decode_image(path, max_pixels=19_999),
-        lambda: ImageReader(NATIVE, max_pixels=19_999).grid_of(path),
+        lambda: ImageReader(GridLayout(NATIVE), max_pixels=19_999).grid_of(path),
     ):
         with pytest.raises(ImageError, match="200 x 100 pixels is more than the limit of 19,999"):
             call()
-    assert ImageReader(NATIVE, max_pixels=20_000).grid_of(path) == (8, 14)
+    assert ImageReader(GridLayout(NATIVE), max_pixels=20_000).grid_of(path) == (8, 14)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 15_000)  # Pillow warns above it; a warning is an error in the tests
     with pytest.raises(ImageError, match="decompression bomb"):
         decode_image(path)
@@ -304,9 +306,9 @@ def test_paths_that_are_no_files(tmp_path):
         with pytest.raises(ImageError, match=reason):
             decode_image(path)
         with pytest.raises(ImageError, match=reason):
-            ImageReader(NATIVE)(path)
+            ImageReader(GridLayout(NATIVE))(path)
     with pytest.raises(ImageError, match="null"):
-        ImageReader(NATIVE)("a\0b")
+        ImageReader(GridLayout(NATIVE))("a\0b")
 
 
 def test_arrays():
@@ -336,14 +338,14 @@ def test_other_arrays_are_refused(array, reason):
     with pytest.raises(ImageError, match=reason):
         decode_image(array)
     with pytest.raises(ImageError, match=reason):
-        ImageReader(NATIVE).grid_of(array)
+        ImageReader(GridLayout(NATIVE)).grid_of(array)
 
 
 def test_empty_and_extreme_shapes():
     with pytest.raises(ImageError, match="nothing to see"):
         decode_image(Image.new("RGB", (0, 5)))
     for policy in (NATIVE, "square:56"):
-        reader = ImageReader(policy)
+        reader = ImageReader(GridLayout(policy))
         assert reader(noise(1, 200)).grid == reader.grid_of(noise(1, 200))
         for call in (reader, reader.grid_of):
             with pytest.raises(ImageError, match="201 x 1 pixels is more than 200 times"):
@@ -357,7 +359,7 @@ def test_the_callers_picture_is_left_alone():
     pixels = noise(8, 8)
     before = pixels.copy()
     assert decode_image(image).tobytes() == image.tobytes()
-    ImageReader(NATIVE)(pixels)
+    ImageReader(GridLayout(NATIVE))(pixels)
     np.testing.assert_array_equal(pixels, before)
 
 
@@ -370,7 +372,7 @@ def test_cache_reads_once_notices_changes_and_forgets_the_oldest(tmp_path, monke
     paths = [tmp_path / f"{i}.png" for i in range(3)]
     for path in paths:
         Image.fromarray(noise(56, 56)).save(path)
-    reader = ImageReader("square:56", cache_bytes=2 * 56 * 56 * 3)
+    reader = ImageReader(GridLayout("square:56"), cache_bytes=2 * 56 * 56 * 3)
     first = reader(paths[0])
     with pytest.raises(ValueError, match="read-only"):
         first.patches[0, 0] = 1
@@ -387,7 +389,7 @@ def test_cache_reads_once_notices_changes_and_forgets_the_oldest(tmp_path, monke
     Image.fromarray(noise(57, 57)).save(paths[1])
     assert reader(paths[1]).key != first.key
     assert len(decoded) == 5
-    uncached = ImageReader("square:56", cache_bytes=0)
+    uncached = ImageReader(GridLayout("square:56"), cache_bytes=0)
     assert uncached(paths[0]).key == uncached(paths[0]).key == first.key
     assert len(decoded) == 7
 
@@ -396,8 +398,8 @@ def test_many_threads_read_the_same(tmp_path):
     paths = [tmp_path / f"{i}.jpg" for i in range(6)]
     for path in paths:
         Image.fromarray(noise(70, 90)).save(path)
-    expected = {path: ImageReader(NATIVE)(path).key for path in paths}
-    reader = ImageReader(NATIVE, cache_bytes=3 * 56 * 84 * 3)
+    expected = {path: ImageReader(GridLayout(NATIVE))(path).key for path in paths}
+    reader = ImageReader(GridLayout(NATIVE), cache_bytes=3 * 56 * 84 * 3)
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(lambda path: (path, reader(path).key), paths * 20))
     assert all(expected[path] == key for path, key in results)
@@ -407,7 +409,7 @@ def test_many_threads_read_the_same(tmp_path):
 @pytest.mark.skipif(not (SHARED / "avt_ai_images").is_dir(), reason="real pictures are not at hand")
 def test_real_pictures_equal_the_processor():
     processor = Qwen2VLImageProcessorPil(size={"shortest_edge": 3136, "longest_edge": 50176})
-    reader = ImageReader(NATIVE)
+    reader = ImageReader(GridLayout(NATIVE))
     paths = sorted((SHARED / "avt_ai_images" / "images").glob("*.jpg"))[::9]
     assert len(paths) == 12
     for path in paths:

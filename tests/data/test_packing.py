@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 
 from multitap_jax.data.images import ImagePatches
-from multitap_jax.data.packing import Example, Shape, Vision, group_examples, pack, patch_positions
+from multitap_jax.data.layouts import GridLayout, Vision
+from multitap_jax.data.packing import Example, Shape, group_examples, pack
 from multitap_jax.data.placement import need, place
 from multitap_jax.data.positions import expand_prefix
 
 IMAGE = 99
-VISION = Vision(features=12, merge=2, placeholder=IMAGE)
+LAYOUT = GridLayout("native:4:4096", patch_size=2, merge_size=2)
+VISION = Vision(LAYOUT, IMAGE)
 
 
 def picture(rng, rows, columns, key):
@@ -43,8 +45,8 @@ def packed(examples, images, cells=1, row_length=64):
 
 def alone(example, images, mode="mrope"):
     """What one pair is without packing: tokens, positions, and the patches behind each image token."""
-    grids = [tuple(n // 2 for n in images[key].grid) for key in example.images]
-    tokens, positions, cell, start = expand_prefix(example.prefix, IMAGE, grids, mode)
+    grids = [images[key].grid for key in example.images]
+    tokens, positions, cell, start = expand_prefix(example.prefix, grids, Vision(LAYOUT, IMAGE, mode))
     at = np.repeat(np.arange(start, start + len(example.text))[:, None], 3, axis=1)
     pixels = np.concatenate(
         [images[key].patches.reshape(-1, 4, 12) for key in example.images] or [np.zeros((0, 4, 12))]
@@ -113,22 +115,22 @@ def test_padding_is_marked_everywhere():
 
 
 def test_patch_positions_are_block_major():
-    assert patch_positions((2, 4), 2).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3], [1, 2], [1, 3]]
+    assert LAYOUT.patch_positions((2, 4)).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3], [1, 2], [1, 3]]
 
 
 def test_mrope_and_flat_positions_by_hand():
     prefix = np.array([5, IMAGE, 6], np.int32)
-    tokens, positions, cell, start = expand_prefix(prefix, IMAGE, [(2, 3)], "mrope")
+    tokens, positions, cell, start = expand_prefix(prefix, [(4, 6)], VISION)
     assert tokens.tolist() == [5, *[IMAGE] * 6, 6]
     assert positions.tolist() == [
         [0, 0, 0], [1, 1, 1], [1, 1, 2], [1, 1, 3], [1, 2, 1], [1, 2, 2], [1, 2, 3], [4, 4, 4]
     ]  # fmt: skip
     assert cell.tolist() == [-1, 0, 1, 2, 3, 4, 5, -1]
     assert start == 5
-    assert expand_prefix(prefix, IMAGE, [(2, 3)], "flat")[1][:, 1].tolist() == list(range(8))
+    assert expand_prefix(prefix, [(4, 6)], Vision(LAYOUT, IMAGE, "flat"))[1][:, 1].tolist() == list(range(8))
 
 
-@pytest.mark.parametrize(("grids", "mode"), [([], "mrope"), ([(1, 1), (1, 1)], "mrope"), ([(1, 1)], "mrop")])
+@pytest.mark.parametrize(("grids", "mode"), [([], "mrope"), ([(2, 2), (2, 2)], "mrope"), ([(2, 2)], "mrop")])
 def test_wrong_prompts_are_refused(grids, mode):
     with pytest.raises(ValueError, match=r"placeholders|mode"):
-        expand_prefix(np.array([5, IMAGE, 6], np.int32), IMAGE, grids, mode)
+        expand_prefix(np.array([5, IMAGE, 6], np.int32), grids, Vision(LAYOUT, IMAGE, mode))

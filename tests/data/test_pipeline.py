@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from multitap_jax.data.images import ImageReader
-from multitap_jax.data.packing import Vision
+from multitap_jax.data.layouts import GridLayout, Vision
 from multitap_jax.data.pipeline import PackedDataset, prepare, target_of
 from multitap_jax.data.prompts import Prompter
 from multitap_jax.data.records import Record
@@ -20,8 +20,8 @@ TEXTS = ["a red ball", "the blue box is far away", "a ball and a box on the left
 @pytest.fixture
 def parts():
     prompter = Prompter(tiny_tokenizer(), "official-train")
-    reader = ImageReader("native:3136:12544")
-    return prompter, reader, Vision(features=588, merge=2, placeholder=prompter.placeholder_id)
+    layout = GridLayout("native:3136:12544")
+    return prompter, ImageReader(layout), Vision(layout, prompter.placeholder_id)
 
 
 @pytest.fixture

@@ -11,8 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from multitap_jax.data.decode import ImageError
 from multitap_jax.data.fields import SeenIds
-from multitap_jax.data.images import ImageError, ImageReader
+from multitap_jax.data.images import ImageReader
+from multitap_jax.data.layouts import GridLayout
 from multitap_jax.data.records import (
     Record,
     RecordsError,
@@ -229,7 +231,7 @@ def test_check_images_decodes(folder):
     assert "not a picture" in other.reason
     late = list(iter_records(path))[1]
     with pytest.raises(ImageError) as caught:
-        ImageReader("square:56")(late.images[0])
+        ImageReader(GridLayout("square:56"))(late.images[0])
     assert reject_image(late, caught.value) == cut
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from multitap_jax.backbones import from_config
 from multitap_jax.config import ConfigError, MeshConfig
+from multitap_jax.families import from_config
 from multitap_jax.parallel.distributed import agree, barrier, initialize, is_main_process
 from multitap_jax.parallel.mesh import (
     AXES,
@@ -68,7 +68,7 @@ def test_every_parameter_of_the_backbone_has_a_place():
 
 def test_heads_that_would_be_cut_are_named():
     backbone = nnx.eval_shape(lambda: from_config(tiny_config(), rngs=nnx.Rngs(0)))
-    with pytest.raises(ConfigError, match=r"tensor = 8 does not divide num_heads = 4"):
+    with pytest.raises(ConfigError, match=r"tensor = 8 does not divide text.num_heads = 4"):
         param_shardings(backbone, make_mesh(MeshConfig(data=1, tensor=8)))
 
 

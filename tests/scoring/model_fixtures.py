@@ -9,8 +9,8 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
-from multitap_jax.backbones import from_config
 from multitap_jax.data.processing import Contract
+from multitap_jax.families import from_config
 from multitap_jax.reward import RewardHead, RewardModel
 from multitap_jax.scoring.artefact import Artefact
 from multitap_jax.scoring.manifest import Objective, Overall

@@ -10,8 +10,9 @@ import optax
 import pytest
 from flax import nnx
 
-from multitap_jax.backbones import Execution, from_config
+from multitap_jax.backbones import Execution
 from multitap_jax.config import ConfigError, MeshConfig, OptimizerConfig, TrainableConfig
+from multitap_jax.families import from_config
 from multitap_jax.parallel.mesh import make_mesh, param_shardings, shard_batch
 from multitap_jax.reward import RewardHead, RewardModel
 from multitap_jax.stage1.optimizer import make_optimizer, make_schedule
@@ -163,7 +164,7 @@ def test_evaluation_gives_the_logits_of_the_model():
 
 def test_cells_are_cut_and_renumbered():
     batch = toy_batch(0, cells=4)
-    cells = split_cells(batch, 2, 2, 2)
+    cells = split_cells(batch, 2, 2, (4, 1))
     for micro in range(2):
         for shard in range(2):
             rows = slice(2 * (2 * shard + micro), 2 * (2 * shard + micro) + 2)
@@ -173,7 +174,7 @@ def test_cells_are_cut_and_renumbered():
                 cells.image_cell[micro, shard], np.where(local >= 0, local - 4 * (2 * shard + micro), -1)
             )
     with pytest.raises(ConfigError, match="3 micro-batches"):
-        split_cells(batch, 1, 3, 2)
+        split_cells(batch, 1, 3, (4, 1))
 
 
 def test_the_real_backbone_on_a_mesh():

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from multitap_jax.backbones import Execution, from_config
+from multitap_jax.backbones import Execution
 from multitap_jax.config import ConfigError, MeshConfig, TrainableConfig
+from multitap_jax.families import from_config
 from multitap_jax.parallel.mesh import make_mesh, param_shardings, path_name
 from multitap_jax.reward import RewardHead, RewardModel
 from multitap_jax.stage1.trainable import add_lora, merge_lora, partition

@@ -17,9 +17,14 @@ HIDDEN, VOCAB, FEATURES = 16, 32, 12
 
 
 @dataclasses.dataclass(frozen=True)
-class ToyConfig:
+class ToyTextConfig:
     hidden_size: int = HIDDEN
-    merge_size: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyConfig:
+    text: ToyTextConfig = ToyTextConfig()
+    block: tuple[int, int] = (4, 1)
 
 
 class ToyStack(nnx.Module):
@@ -96,6 +101,7 @@ def toy_batch(seed: int, rows: int = 8, tokens: int = 6, texts: int = 3, *, cell
         record=np.where(here, np.cumsum(here).reshape(here.shape) - 1, -1).astype(np.int32),
         target=np.where(here, rng.random((rows, texts)), 0).astype(np.float32),
         weight=here.astype(np.float32),
+        image_token=np.full((rows, 0), -1, np.int32),
         patches=rng.integers(0, 256, (rows, patches, FEATURES)).astype(np.uint8),
         patch_position=np.zeros((rows, patches, 2), np.int32),
         patch_segment=np.ones((rows, patches), np.int32),

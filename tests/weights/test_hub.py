@@ -13,16 +13,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from multitap_jax.weights import (
-    FolderError,
-    WeightError,
-    abstract_backbone,
-    export_tensors,
-    load_backbone,
-    read_tensors,
-    save_backbone,
-)
-from multitap_jax.weights.mapping import named_params
+from multitap_jax.families import abstract_backbone
+from multitap_jax.weights.files import FolderError, read_tensors
+from multitap_jax.weights.hub import export_tensors, load_backbone, save_backbone
+from multitap_jax.weights.mapping import WeightError, named_params
 from tests.tiny_qwen2_vl import tiny_config, torch_model
 
 
@@ -290,9 +284,9 @@ def test_pixel_statistics_come_from_the_preprocessor(hub, tmp_path):
     make_folder(tmp_path, {})
     statistics = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": statistics}))
-    assert abstract_backbone(tmp_path).config.image_mean == (0.5, 0.4, 0.3)
+    assert abstract_backbone(tmp_path).config.vision.pixels.mean == (0.5, 0.4, 0.3)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({**statistics, "image_mean": [0.1, 0.1, 0.1]}))
-    assert abstract_backbone(tmp_path).config.image_mean == (0.1, 0.1, 0.1)
+    assert abstract_backbone(tmp_path).config.vision.pixels.mean == (0.1, 0.1, 0.1)
 
 
 def test_sharded_import_reads_slices_and_keeps_shardings(hub):

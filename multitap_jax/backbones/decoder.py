@@ -1,0 +1,147 @@
+"""The text decoder of the Llama and Qwen families: pre-norm, grouped-query attention, rotary positions, gated MLP.
+
+One module for all of them; what differs (biases, norms of queries and keys, rotary frequencies) stands in
+`DecoderConfig`. Letters: see `batch.py`.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from multitap_jax.backbones.attention import Visibility, attention, make_visibility
+from multitap_jax.backbones.layers import Embedding, Linear, RMSNorm, rotate
+from multitap_jax.backbones.rope import Angles, Rope
+from multitap_jax.backbones.stack import Execution, collect_layers, run_layers
+from multitap_jax.batch import PackedBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """The numbers of a decoder; field names follow the hub's configuration.
+
+    Attributes:
+      vocab_size: rows of the token table.
+      hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_dim: sizes.
+      rope: rotary frequencies.
+      rms_norm_eps: of all norms.
+      qkv_bias: whether the projections to queries, keys and values have biases (Qwen2).
+      qk_norm: whether each head of queries and keys is normalised before it turns (Qwen3).
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope: Rope
+    rms_norm_eps: float
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+    def inconsistencies(self) -> Iterator[str]:
+        """What is wrong with the numbers besides their signs, one sentence each."""
+        if self.num_heads % self.num_kv_heads:
+            yield (
+                f"num_attention_heads = {self.num_heads} must be divisible by num_key_value_heads = "
+                f"{self.num_kv_heads} for grouped-query attention"
+            )
+        if self.head_dim % 2:
+            yield f"head_dim = {self.head_dim} must be even: rotary positions turn pairs"
+        yield from self.rope.inconsistencies(self.head_dim)
+
+
+class TextAttention(nnx.Module):
+    """Causal grouped-query self-attention with rotary positions."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype, stack: int):
+        hidden, dim = config.hidden_size, config.head_dim
+        heads, groups = config.num_heads * dim, config.num_kv_heads * dim
+        options: dict[str, Any] = {"rngs": rngs, "param_dtype": param_dtype, "stack": stack}
+        self.q_proj = Linear(("embed", "heads"), (hidden, heads), bias=config.qkv_bias, **options)
+        self.k_proj = Linear(("embed", "kv_heads"), (hidden, groups), bias=config.qkv_bias, **options)
+        self.v_proj = Linear(("embed", "kv_heads"), (hidden, groups), bias=config.qkv_bias, **options)
+        self.o_proj = Linear(("heads", "embed"), (heads, hidden), bias=False, **options)
+        norm = lambda: RMSNorm(dim, config.rms_norm_eps, axis=None, param_dtype=param_dtype, stack=stack)
+        self.q_norm = nnx.data(norm() if config.qk_norm else None)
+        self.k_norm = nnx.data(norm() if config.qk_norm else None)
+        self.head_dim = dim
+
+    def __call__(self, x: jax.Array, angles: Angles, visibility: Visibility) -> jax.Array:
+        """[B, S, H] -> [B, S, H]."""
+        shape = (*x.shape[:2], -1, self.head_dim)
+        q, k, v = (project(x).reshape(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        out = attention(rotate(q, angles), rotate(k, angles), v, visibility)
+        return self.o_proj(out.reshape(*x.shape[:2], -1))
+
+
+class TextMLP(nnx.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype, stack: int):
+        hidden, inner = config.hidden_size, config.intermediate_size
+        options: dict[str, Any] = {"bias": False, "rngs": rngs, "param_dtype": param_dtype, "stack": stack}
+        self.gate_proj = Linear(("embed", "mlp"), (hidden, inner), **options)
+        self.up_proj = Linear(("embed", "mlp"), (hidden, inner), **options)
+        self.down_proj = Linear(("mlp", "embed"), (inner, hidden), **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, S, H] -> [B, S, H]."""
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class TextLayer(nnx.Module):
+    """Pre-norm decoder layer."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype, stack: int):
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype=param_dtype, stack=stack)
+        self.attention = TextAttention(config, rngs=rngs, param_dtype=param_dtype, stack=stack)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype=param_dtype, stack=stack)
+        self.mlp = TextMLP(config, rngs=rngs, param_dtype=param_dtype, stack=stack)
+
+    def __call__(self, x: jax.Array, angles: Angles, visibility: Visibility) -> jax.Array:
+        """[B, S, H] -> [B, S, H]."""
+        x = x + self.attention(self.attention_norm(x), angles, visibility)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Decoder(nnx.Module):
+    """Token table, stacked decoder layers, final norm."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype):
+        self.embed = Embedding(config.vocab_size, config.hidden_size, rngs=rngs, param_dtype=param_dtype)
+        self.layers = TextLayer(config, rngs=rngs, param_dtype=param_dtype, stack=config.num_layers)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype=param_dtype)
+        self.config = config
+
+    def __call__(self, x: jax.Array, batch: PackedBatch, execution: Execution) -> jax.Array:
+        """[B, S, H] input embeddings -> float32[B, K, H], final-norm states at `batch.pool`."""
+        return self.pool(run_layers(self.layers, x, *self.shared(batch, execution), execution=execution), batch)
+
+    def hidden_states(self, x: jax.Array, batch: PackedBatch, execution: Execution) -> jax.Array:
+        """[L + 1, B, S, H]: the embeddings `x` and the output of each layer, before the final norm."""
+        return collect_layers(self.layers, x, *self.shared(batch, execution), execution=execution)
+
+    def shared(self, batch: PackedBatch, execution: Execution) -> tuple[Angles, Visibility]:
+        """What every layer gets besides its input."""
+        visibility = make_visibility(batch.segment, batch.prefix, causal=True, backend=execution.attention)
+        return self.config.rope.angles(jnp.asarray(batch.positions), self.config.head_dim), visibility
+
+    def pool(self, x: jax.Array, batch: PackedBatch) -> jax.Array:
+        """[B, S, H] -> float32[B, K, H]: the norm is per token, so it is applied to the few that are kept."""
+        pooled = jnp.take_along_axis(x, jnp.asarray(batch.pool)[:, :, None], axis=1)
+        return self.norm(pooled.astype(jnp.float32))
+
+
+def place_features(x: jax.Array, features: jax.Array, batch: PackedBatch) -> jax.Array:
+    """[B, S, H] token embeddings with image features [cells of the batch, H] at image tokens."""
+    cell = jnp.asarray(batch.image_cell)
+    image = jnp.take(features, jnp.maximum(cell, 0), axis=0, mode="fill")
+    return jnp.where(cell[:, :, None] >= 0, image.astype(x.dtype), x)

@@ -1,0 +1,56 @@
+"""Chat formats: how each family writes a conversation down. The pieces are those of the published chat templates."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+IMAGE = None  # a part of a message that stands for one image
+Part = str | None
+Message = tuple[str, Sequence[Part]]  # role, parts
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """The pieces of a model family's chat template.
+
+    Attributes:
+      turn: what opens a message, with `{role}`.
+      close: what ends a message.
+      image: what stands for one image; holds `placeholder` exactly once.
+      placeholder: the token that stands for an image's tokens.
+      begin: what a conversation with images starts with: a standard system message, a first token.
+      begin_text: what a conversation without images starts with; None: the same.
+      text: a text part, with `{text}`.
+      images_first: images of a message come before all of its texts.
+      upper_role: roles are written in capitals.
+    """
+
+    turn: str
+    close: str
+    image: str
+    placeholder: str
+    begin: str = ""
+    begin_text: str | None = None
+    text: str = "{text}"
+    images_first: bool = False
+    upper_role: bool = False
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The conversation as one string, as the chat template gives it without a generation prompt."""
+        with_images = any(part is IMAGE for _, parts in messages for part in parts)
+        out = [self.begin if with_images or self.begin_text is None else self.begin_text]
+        for role, parts in messages:
+            if self.images_first:
+                parts = sorted(parts, key=lambda part: part is not IMAGE)
+            out.append(self.turn.replace("{role}", role.upper() if self.upper_role else role))
+            out += [self.image if part is IMAGE else self.text.replace("{text}", part) for part in parts]
+            out.append(self.close)
+        return "".join(out)
+
+
+QWEN2_VL = ChatFormat(
+    begin="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
+    turn="<|im_start|>{role}\n",
+    close="<|im_end|>\n",
+    image="<|vision_start|><|image_pad|><|vision_end|>",
+    placeholder="<|image_pad|>",
+)

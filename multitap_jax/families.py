@@ -1,0 +1,148 @@
+"""The registry of backbone families: `model_type` of a `config.json` picks one; nothing else in the package asks which.
+
+A family is a model file in `backbones/`, a weight table in `weights/`, and one entry here, which also names its chat
+format (`data/chat.py`) and how its pictures become patches and tokens (`data/layouts.py`). docs/adding_a_backbone.md
+walks through it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from multitap_jax.backbones import Backbone
+from multitap_jax.backbones.qwen2_vl import Qwen2VL, Qwen2VLConfig
+from multitap_jax.config import ConfigError
+from multitap_jax.data import chat
+from multitap_jax.data.layouts import GridLayout, ImagePolicy, Layout
+from multitap_jax.weights import qwen2_vl
+from multitap_jax.weights.files import FolderError, read_json
+from multitap_jax.weights.mapping import Table
+
+
+class UnsupportedModelError(ConfigError):
+    """The architecture of a checkpoint is not one that is implemented."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What the package needs to know of a family.
+
+    Attributes:
+      config: reads the contents of `config.json` and `preprocessor_config.json` (or None).
+      model: builds the module from that configuration.
+      table: the weight table of that configuration.
+      chat: the pieces of its chat template.
+      layout: how a picture becomes patches and tokens under a policy.
+      image_policy: the policy where nobody chose one.
+      position_modes: the position modes it knows, the default first.
+    """
+
+    config: Callable[[Mapping[str, Any], Mapping[str, Any] | None], Any]
+    model: Callable[..., Backbone]
+    table: Callable[[Any], Table]
+    chat: chat.ChatFormat
+    layout: Callable[[Any, ImagePolicy], Layout]
+    image_policy: str = "square:560"
+    position_modes: tuple[str, ...] = ("flat",)
+
+
+def _qwen_layout(config: Any, policy: ImagePolicy) -> Layout:
+    return GridLayout(policy, config.vision.pixels.patch_size, config.vision.merge_size)
+
+
+FAMILIES: dict[str, Family] = {
+    "qwen2_vl": Family(
+        config=Qwen2VLConfig.from_hf,
+        model=Qwen2VL,
+        table=qwen2_vl.table,
+        chat=chat.QWEN2_VL,
+        layout=_qwen_layout,
+        position_modes=("mrope", "flat"),
+    ),
+}
+
+
+def family_of(hf_config: Mapping[str, Any]) -> Family:
+    """The family that a `config.json` names.
+
+    Raises:
+      UnsupportedModelError: `model_type` is absent or not implemented; the message lists those that are.
+    """
+    model_type = hf_config.get("model_type")
+    if model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise UnsupportedModelError(f"model_type = {model_type!r} is not supported; supported: {known}")
+    return FAMILIES[model_type]
+
+
+def from_config(
+    hf_config: Mapping[str, Any],
+    *,
+    rngs: nnx.Rngs,
+    param_dtype: Any = jnp.float32,
+    preprocessor: Mapping[str, Any] | None = None,
+) -> Backbone:
+    """Builds the backbone that a `config.json` describes, with random weights.
+
+    Args:
+      hf_config: the contents of `config.json`.
+      rngs: source of the initial weights; under `nnx.eval_shape` nothing is allocated.
+      param_dtype: type of the parameters.
+      preprocessor: the contents of `preprocessor_config.json` (mean and deviation of pixels); None for the usual ones.
+
+    Raises:
+      UnsupportedModelError: `model_type` is absent or not implemented.
+      ConfigError: the configuration is of the right family but cannot be used.
+    """
+    family = family_of(hf_config)
+    return family.model(family.config(hf_config, preprocessor), rngs=rngs, param_dtype=jnp.dtype(param_dtype))
+
+
+def read_config(folder: str | Path) -> tuple[Family, Any]:
+    """The family and configuration of a checkpoint folder.
+
+    Pixel statistics come from `preprocessor_config.json` or `processor_config.json` where there is one.
+
+    Raises:
+      FolderError: `config.json` is missing or describes something that is not implemented.
+    """
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    try:
+        family = family_of(config)
+        return family, family.config(config, _preprocessor(folder))
+    except ConfigError as error:
+        raise FolderError(f"{folder / 'config.json'}: {error}") from error
+
+
+def abstract_backbone(folder: str | Path, *, param_dtype: Any = jnp.float32) -> Backbone:
+    """The backbone that a folder's `config.json` describes, with shapes in place of arrays.
+
+    Raises:
+      FolderError: see `read_config`.
+    """
+    family, config = read_config(folder)
+    return nnx.eval_shape(lambda: family.model(config, rngs=nnx.Rngs(0), param_dtype=jnp.dtype(param_dtype)))
+
+
+def weight_table(model: Backbone) -> Table:
+    """The weight table of a backbone."""
+    return FAMILIES[model.config.model_type].table(model.config)
+
+
+def num_params(model: nnx.Module) -> int:
+    """Number of scalars in all parameters; also of an abstract model."""
+    return sum(leaf.size for leaf in jax.tree.leaves(model))
+
+
+def _preprocessor(folder: Path) -> Mapping[str, Any] | None:
+    if (folder / "preprocessor_config.json").is_file():
+        return read_json(folder / "preprocessor_config.json")
+    if (folder / "processor_config.json").is_file():
+        return read_json(folder / "processor_config.json").get("image_processor")
+    return None
