@@ -73,6 +73,7 @@ def alone(saved, image: Image.Image, text: str, request: str | None = None) -> t
         record=np.zeros((1, 1), np.int32),
         target=np.zeros((1, 1), np.float32),
         weight=np.ones((1, 1), np.float32),
+        image_token=np.zeros((1, 0), np.int32),
         patches=picture.patches[None],
         patch_position=np.asarray(where, np.int32)[None],
         patch_segment=np.ones((1, len(where)), np.int32),
