@@ -32,6 +32,7 @@ from multitap_jax.scoring.manifest import MANIFEST, Overall
 from multitap_jax.stage1.train import TrainResult, train
 from multitap_jax.stage1.trainable import add_lora, merge_lora
 from multitap_jax.weights.hub import load_backbone
+from multitap_jax.weights.sources import locate
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ def _run(config: TrainConfig, workdir: Path, console: Console) -> RunResult:
     if not config.model.checkpoint or not config.data.train:
         missing = "model.checkpoint" if not config.model.checkpoint else "data.train"
         raise ConfigError(f"config.{missing} is empty; give it as --config.{missing}=PATH")
-    base = Path(config.model.checkpoint)
+    checkpoint = locate(config.model.checkpoint)
+    base = checkpoint.folder
     mesh = make_mesh(config.mesh)
     processing = Processing.from_folder(base, _contract(config, base))
     rejected: list[Rejected] = []
@@ -97,7 +99,8 @@ def _run(config: TrainConfig, workdir: Path, console: Console) -> RunResult:
         base=base,
         contract=processing.contract,
         overall=Overall(target=config.data.target, target_range=config.data.target_range),
-        source=base.name,
+        source=checkpoint.name,
+        revision=checkpoint.revision,
         provenance=provenance,
         overwrite=True,
     )

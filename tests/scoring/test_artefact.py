@@ -10,12 +10,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from multitap_jax.data.processing import Contract
-from multitap_jax.files import canonical_hash, file_hash, tensor_hash
+from multitap_jax.files import canonical_hash, file_hash
 from multitap_jax.scoring.artefact import Artefact
-from multitap_jax.scoring.export import export_official, import_official
+from multitap_jax.scoring.exports import export_official
+from multitap_jax.scoring.importing import import_official
 from multitap_jax.scoring.manifest import ArtefactError, Objective, read_manifest
-from multitap_jax.weights.files import FolderError, read_file
+from multitap_jax.weights.hashing import file_tensor_hash
 from multitap_jax.weights.mapping import WeightError
+from multitap_jax.weights.stored import FolderError
 from tests.scoring.model_fixtures import (
     CONTRACT,
     HIDDEN,
@@ -244,7 +246,7 @@ def test_every_wrong_head_is_listed(artefact):
         tensors["ridge.coef"] = tensors["ridge.coef"][:1]
 
     rewrite(artefact / "heads.safetensors", change)
-    heads = tensor_hash(read_file(artefact / "heads.safetensors"))
+    heads = file_tensor_hash(artefact / "heads.safetensors")
     edit(artefact / "multitap.json", lambda content: content["hashes"].update(heads=heads))
     with pytest.raises(
         ArtefactError, match=r"reward_head\.bias: missing.*; ridge\.coef: \(1, 32\), expected \(2, 32\)"

@@ -10,7 +10,8 @@ from safetensors.numpy import load_file
 
 from multitap_jax.files import tensor_hash
 from multitap_jax.scoring.artefact import Artefact
-from multitap_jax.scoring.export import export_artefact, export_heads, export_official, import_official
+from multitap_jax.scoring.exports import export_artefact, export_heads, export_official
+from multitap_jax.scoring.importing import import_official
 from multitap_jax.scoring.manifest import ArtefactError
 from multitap_jax.weights.files import read_tensors
 from multitap_jax.weights.hub import load_backbone

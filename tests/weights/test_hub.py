@@ -14,9 +14,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from multitap_jax.families import abstract_backbone
-from multitap_jax.weights.files import FolderError, read_tensors
+from multitap_jax.weights.files import read_tensors
 from multitap_jax.weights.hub import export_tensors, load_backbone, save_backbone
 from multitap_jax.weights.mapping import WeightError, named_params
+from multitap_jax.weights.stored import FolderError
 from tests.tiny_qwen2_vl import tiny_config, torch_model
 
 
