@@ -143,7 +143,8 @@ def report(name: str, folder: Path, found: dict[str, float]) -> None:
     print(
         f"{name:12} disk {size:,} B, read {found['read']:,.0f} B ({found['read'] / size:.4f}x); peak "
         f"{found['peak'] / GB:.2f} GB (imports {found['before'] / GB:.2f}) against {found['parameters'] / GB:.2f} + "
-        f"{largest / GB:.2f} + 1 = {bound / GB:.2f} GB; {found['seconds']:.1f} s, {size / found['seconds'] / GB:.2f} GB/s"
+        f"{largest / GB:.2f} + 1 = {bound / GB:.2f} GB; {found['seconds']:.1f} s, "
+        f"{size / found['seconds'] / GB:.2f} GB/s"
     )
 
 

@@ -99,9 +99,9 @@ def _check_layout(folder: Path, tensors: Mapping[str, Stored]) -> None:
         raise ArtefactError(f"{folder}: is an artefact already; `multitap export` copies it")
     if not any(name.startswith((PREFIX, "reward_head.")) for name in tensors):
         raise ArtefactError(
-            f"{folder}: a backbone without a reward head: no {PREFIX}* and no reward_head.* is in its files, and no head "
-            "is ever random. Give a trained reward model, or train one: multitap train --config=configs/official.py "
-            f"--config.model.checkpoint={folder}"
+            f"{folder}: a backbone without a reward head: no {PREFIX}* and no reward_head.* is in its files, and no "
+            "head is ever random. Give a trained reward model, or train one: "
+            f"multitap train --config=configs/official.py --config.model.checkpoint={folder}"
         )
 
 

@@ -64,7 +64,7 @@ class Contents:
     contract: Contract
     ridge: RidgeHead | None = None
     objectives: Sequence[Objective] = ()
-    overall: Overall = Overall()
+    overall: Overall = dataclasses.field(default_factory=Overall)
     source: str = ""
     revision: str = ""
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)

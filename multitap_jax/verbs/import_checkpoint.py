@@ -1,7 +1,8 @@
 """Make a checkpoint of the official MULTI-TAP code into an artefact that scores.
 
   multitap import --checkpoint=Multi-TAP-Qwen2-VL-2B --base=Qwen2-VL-2B-Instruct --output=artefact
-  multitap import --checkpoint=hub:brl-xfact/Multi-TAP-Qwen2-VL-2B --base=hub:Qwen/Qwen2-VL-2B-Instruct --output=artefact
+  multitap import --checkpoint=hub:brl-xfact/Multi-TAP-Qwen2-VL-2B \\
+      --base=hub:Qwen/Qwen2-VL-2B-Instruct --output=artefact
 
 The official checkpoints hold safetensors with keys backbone_model.* and reward_head.*, and no tokenizer: --base names
 the backbone's own folder, whose tokenizer, processor and (where the checkpoint has none) config.json go along. Scores

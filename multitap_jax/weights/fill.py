@@ -90,7 +90,7 @@ def _place(
 
 
 def _tensor_sharding(slot: Slot, sharding: Sharding | None, order: tuple[int, ...]) -> NamedSharding | None:
-    """The parameter's sharding as that of one of its tensors with dimensions in this order; None for a single device."""
+    """The parameter's sharding as that of one of its tensors, dimensions in this order; None for a single device."""
     if not isinstance(sharding, NamedSharding):
         return None
     spec = list(sharding.spec) + [None] * (len(slot.shape) + 1)

@@ -8,7 +8,7 @@ NO_SIZE = ("token_id", "version", "position_embeddings", "_index")
 
 def size_entries(config: Mapping[str, Any], section: str = "") -> dict[str, int]:
     """Every entry of a `config.json` that may be the size of something, with products that sizes are made of."""
-    entries = {}
+    entries: dict[str, int] = {}
     for name, value in config.items():
         if isinstance(value, Mapping):
             entries |= size_entries(value, f"{section}{name}.")

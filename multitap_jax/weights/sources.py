@@ -1,4 +1,4 @@
-"""Where a checkpoint is: a local folder, or, only where its name begins with "hub:", a repository of the Hugging Face hub.
+"""Where a checkpoint is: a local folder, or, only where its name begins with "hub:", on the Hugging Face hub.
 
     runs/official/artefact              a folder; a bare name is never looked for anywhere else
     hub:Qwen/Qwen2-VL-2B-Instruct       fetched once into the hub's cache, then read from there
@@ -68,7 +68,7 @@ def _fetch(name: str) -> Source:
 
     repository, revision = match.groups()
     try:
-        folder = snapshot_download(repository, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED)
+        folder = snapshot_download(repository, revision=revision, allow_patterns=[*WANTED], ignore_patterns=[*UNWANTED])
     except (OSError, ValueError, RuntimeError) as error:
         offline = (
             f"only the cache ({constants.HF_HUB_CACHE}) was looked in, since HF_HUB_OFFLINE is set; fetch it once "

@@ -85,7 +85,7 @@ class Stored:
 
     def _read(self, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         out = aligned_empty(shape, dtype)
-        view = memoryview(out.reshape(-1).view(np.uint8))
+        view = out.reshape(-1).view(np.uint8).data
         try:
             descriptor = os.open(self.path, os.O_RDONLY)
         except OSError as error:

@@ -5,7 +5,7 @@ in the program's own layout (stacked, transposed), so nothing is rearranged at r
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,17 +77,15 @@ def export_stablehlo(
     unknown = [name for name in platforms if name not in PLATFORMS]
     if unknown or not platforms or dtype not in DTYPES:
         raise ValueError(
-            f"platforms {', '.join(platforms) or 'none'}, dtype {dtype}: expected some of {', '.join(PLATFORMS)} and one "
-            f"of {', '.join(DTYPES)}"
+            f"platforms {', '.join(platforms) or 'none'}, dtype {dtype}: expected some of {', '.join(PLATFORMS)}, and "
+            f"one of {', '.join(DTYPES)}"
         )
     artefact = Artefact.open(folder).verify()
     batch = _example(artefact, pairs, batch_tokens, max_length)._asdict()
     model: Any = abstract_backbone(artefact.folder, param_dtype=DTYPES[dtype])
     heads = _heads(artefact)
     specs = {f"backbone.{path}": leaf for path, leaf in named_params(model).items()} | heads
-    specs, batch_specs = (
-        {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in d.items()} for d in (specs, batch)
-    )
+    specs, batch_specs = _specs(specs), _specs(batch)
     # What "auto" picks depends on the platform it is traced on; dense attention runs everywhere.
     attention = "auto" if tuple(platforms) == (jax.default_backend(),) else "dense"
     function = jax.jit(_program(model, Execution(dtype=dtype, attention=attention)))
@@ -130,10 +128,13 @@ def _example(artefact: Artefact, pairs: Sequence[Pair], batch_tokens: int, max_l
     window = packer.window(pairs)
     batch = next(iter(window.batches), None)
     if batch is None:
-        raise ValueError(
-            f"no pair for the example can be scored: {'; '.join(filter(None, window.errors)) or 'none given'}"
-        )
+        reasons = "; ".join(filter(None, window.errors)) or "none was given"
+        raise ValueError(f"no pair for the example can be scored: {reasons}")
     return batch
+
+
+def _specs(arrays: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    return {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in arrays.items()}
 
 
 def _heads(artefact: Artefact) -> dict[str, np.ndarray]:

@@ -66,8 +66,8 @@ def export_vllm(
     position_modes = read_config(artefact.folder)[0].position_modes
     if contract.position_mode != position_modes[0]:
         warnings.warn(
-            f"these weights were trained with {contract.position_mode} positions, and vLLM gives the architecture's own "
-            f"({position_modes[0]}): it would give other scores",
+            f"these weights were trained with {contract.position_mode} positions, and vLLM uses the architecture's own "
+            f"({position_modes[0]}): other scores",
             ContractWarning,
             stacklevel=2,
         )
