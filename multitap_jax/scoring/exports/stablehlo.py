@@ -1,4 +1,4 @@
-"""The scorer's forward pass as a `jax.export` program: jax, NumPy and safetensors run it, without this package.
+"""The scorer's forward pass as a `jax.export` program: jax, flatbuffers and safetensors run it, not this package.
 
 Weights are arguments, not constants: the program stays small, and one file of weights serves several shapes. They are
 in the program's own layout (stacked, transposed), so nothing is rearranged at run time.
@@ -21,7 +21,7 @@ from multitap_jax.data.stream import Pair, StreamPacker
 from multitap_jax.families import abstract_backbone, weight_table
 from multitap_jax.files import json_bytes, new_folder
 from multitap_jax.scoring.artefact import Artefact
-from multitap_jax.scoring.exports.common import replaceable, write_tensors
+from multitap_jax.scoring.exports.common import copy_carried, rendered_prompts, replaceable, write_tensors
 from multitap_jax.weights.fill import fill
 from multitap_jax.weights.hub import backbone_tensors
 from multitap_jax.weights.mapping import named_params, plan
@@ -58,7 +58,7 @@ def export_stablehlo(
     platforms: Sequence[str] = ("cpu",),
     overwrite: bool = False,
 ) -> Path:
-    """Writes `program.bin`, `weights.safetensors`, `example.safetensors` and `program.json`.
+    """Writes `program.bin`, `weights.safetensors`, `example.safetensors`, `program.json`, and the tokenizer.
 
     Args:
       folder: an artefact.
@@ -91,6 +91,7 @@ def export_stablehlo(
     function = jax.jit(_program(model, Execution(dtype=dtype, attention=attention)))
     program = export.export(function, platforms=list(platforms))(specs, batch_specs)
     with new_folder(Path(out), replaceable=replaceable(overwrite, ABOUT)) as new:
+        copy_carried(artefact.folder, new)
         (new / PROGRAM).write_bytes(program.serialize())
         headers = {name: (spec.shape, np.dtype(spec.dtype)) for name, spec in specs.items()}
         write_file(new / WEIGHTS, headers, _weights(artefact.folder, model, heads))
@@ -179,6 +180,7 @@ def _about(
         },
         "objectives": [objective.name for objective in manifest.objectives],
         "contract": dataclasses.asdict(manifest.contract),
+        **rendered_prompts(artefact),
         "computation": {"dtype": dtype, "attention": attention, "platforms": list(program.platforms)},
         "versions": {"jax": jax.__version__, "calling_convention": program.calling_convention_version},
         "fingerprint": artefact.fingerprint,

@@ -15,12 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from multitap_jax.data.processing import Contract
-from multitap_jax.data.prompts import conversation
 from multitap_jax.families import read_config
 from multitap_jax.files import json_bytes, new_folder
 from multitap_jax.scoring.artefact import Artefact
-from multitap_jax.scoring.exports.common import copy_carried, replaceable
+from multitap_jax.scoring.exports.common import copy_carried, rendered_prompts, replaceable
 from multitap_jax.scoring.exports.official import ContractWarning
 from multitap_jax.scoring.manifest import ArtefactError
 from multitap_jax.scoring.saving import CONFIG
@@ -86,22 +84,18 @@ def classification_config(config: Mapping[str, Any]) -> dict[str, Any]:
     label = {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}}
     text = config.get("text_config")
     if text is None:  # older files keep the text's entries on top, where the labels of the text cannot be said
-        whole = ("architectures", "model_type", "vision_config")
-        text = {name: value for name, value in config.items() if name not in whole}
+        whole = ("architectures", "model_type", "tie_word_embeddings", "image_", "video_", "vision_")
+        text = {name: value for name, value in config.items() if not name.startswith(whole)}
         text["model_type"] = f"{config['model_type']}_text"
     named = [architecture.replace(GENERATION, CLASSIFICATION)]
     return {**config, **label, "architectures": named, "text_config": {**text, **label}}
 
 
 def _about(artefact: Artefact, bias: np.ndarray) -> dict[str, Any]:
-    contract: Contract = artefact.manifest.contract
-    chat = read_config(artefact.folder)[0].chat
-    with_request = conversation(contract.prompt, "{request}", 1, "{text}")
+    contract = artefact.manifest.contract
     return {
         "contract": dataclasses.asdict(contract),
-        "prompt": chat.render(conversation(contract.prompt, None, 1, "{text}")),
-        "prompt_with_request": chat.render(with_request),
-        "text": "strip it and replace double quotes by blanks before it goes into the prompt",
+        **rendered_prompts(artefact),
         "image": f"apply the image policy ({contract.image_policy}) before sending; vLLM resizes by its own rules",
         "score": "sigmoid(score.weight . h + score.bias)",
         "without_score_bias": {
