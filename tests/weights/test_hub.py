@@ -264,9 +264,7 @@ def test_folders_that_are_no_checkpoint(tmp_path):
         load_backbone(tmp_path)
     config.write_text(json.dumps(tiny_config()))
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(
-        FolderError, match=r"no model\.safetensors.*holds pytorch_model\.bin: pickles"
-    ):
+    with pytest.raises(FolderError, match=r"no model\.safetensors.*holds pytorch_model\.bin: pickles"):
         load_backbone(tmp_path)
 
 
