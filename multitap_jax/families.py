@@ -15,11 +15,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from multitap_jax.backbones import Backbone
+from multitap_jax.backbones.llava import Llava, LlavaConfig
 from multitap_jax.backbones.qwen2_vl import Qwen2VL, Qwen2VLConfig
 from multitap_jax.config import ConfigError
 from multitap_jax.data import chat
 from multitap_jax.data.layouts import GridLayout, ImagePolicy, Layout
-from multitap_jax.weights import qwen2_vl
+from multitap_jax.data.views import ViewLayout
+from multitap_jax.weights import llava, qwen2_vl
 from multitap_jax.weights.files import FolderError, read_json
 from multitap_jax.weights.mapping import Table
 
@@ -40,6 +42,7 @@ class Family:
       layout: how a picture becomes patches and tokens under a policy.
       image_policy: the policy where nobody chose one.
       position_modes: the position modes it knows, the default first.
+      of: entries of this record that depend on the configuration; `read_config` gives a family with them settled.
     """
 
     config: Callable[[Mapping[str, Any], Mapping[str, Any] | None], Any]
@@ -49,10 +52,20 @@ class Family:
     layout: Callable[[Any, ImagePolicy], Layout]
     image_policy: str = "square:560"
     position_modes: tuple[str, ...] = ("flat",)
+    of: Callable[[Any], Mapping[str, Any]] = lambda config: {}
 
 
 def _qwen_layout(config: Any, policy: ImagePolicy) -> Layout:
     return GridLayout(policy, config.vision.pixels.patch_size, config.vision.merge_size)
+
+
+def _llava_layout(config: Any, policy: ImagePolicy) -> Layout:
+    return ViewLayout(policy, config.vision.pixels.patch_size, config.vision.image_size)
+
+
+def _llava_entries(config: Any) -> Mapping[str, Any]:
+    policy = f"square:{config.vision.image_size}"
+    return {"image_policy": policy, "chat": chat.LLAVA_QWEN2 if config.decoder == "qwen2" else chat.LLAVA}
 
 
 FAMILIES: dict[str, Family] = {
@@ -63,6 +76,14 @@ FAMILIES: dict[str, Family] = {
         chat=chat.QWEN2_VL,
         layout=_qwen_layout,
         position_modes=("mrope", "flat"),
+    ),
+    "llava": Family(
+        config=LlavaConfig.from_hf,
+        model=Llava,
+        table=llava.table,
+        chat=chat.LLAVA,
+        layout=_llava_layout,
+        of=_llava_entries,
     ),
 }
 
@@ -115,7 +136,8 @@ def read_config(folder: str | Path) -> tuple[Family, Any]:
     config = read_json(folder / "config.json")
     try:
         family = family_of(config)
-        return family, family.config(config, _preprocessor(folder))
+        numbers = family.config(config, _preprocessor(folder))
+        return dataclasses.replace(family, **family.of(numbers)), numbers
     except ConfigError as error:
         raise FolderError(f"{folder / 'config.json'}: {error}") from error
 

@@ -16,7 +16,12 @@ from multitap_jax.data.decode import ImageError
 Grid = tuple[int, ...]
 
 # kind -> the numbers that follow it
-POLICIES = {"square": ("SIDE",), "native": ("MIN_PIXELS", "MAX_PIXELS")}
+POLICIES = {
+    "square": ("SIDE",),
+    "native": ("MIN_PIXELS", "MAX_PIXELS"),
+    "crop": ("SIDE",),
+    "anyres": ("MAX_TILES",),
+}
 MODES = ("mrope", "flat")
 
 
@@ -27,6 +32,9 @@ class ImagePolicy:
     "square:SIDE" stretches every picture to SIDE x SIDE, bicubic, as the official evaluation does (SIDE = 560).
     "native:MIN_PIXELS:MAX_PIXELS" keeps the aspect ratio and the number of pixels within bounds, as the Qwen2-VL
     processor does.
+    "crop:SIDE" brings the shorter side to SIDE, bicubic, and cuts SIDE x SIDE out of the middle, as the CLIP processor
+    does.
+    "anyres:MAX_TILES" is a small picture of the whole and up to MAX_TILES tiles of a large one (LLaVA-OneVision).
     """
 
     kind: str
