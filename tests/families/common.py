@@ -219,8 +219,18 @@ def assert_same_gradients(
     return found
 
 
+@dataclass(frozen=True)
+class Case:
+    """What `benchmarks/parity.py` measures: a family's oracle, pairs, and what is chosen of the contract."""
+
+    label: str
+    oracle: Oracle
+    pairs: Sequence[Pair]
+    chosen: Mapping[str, str]
+
+
 class Parity(NamedTuple):
-    """Largest difference of a state, absolute; and of a gradient, relative to its parameter's largest (None: not asked)."""
+    """Largest difference of a state, absolute; of a gradient, relative to its parameter's largest (None: not asked)."""
 
     states: float
     gradients: float | None

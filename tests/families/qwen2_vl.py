@@ -7,12 +7,21 @@ import numpy as np
 from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
-from tests.families.common import Oracle
+from multitap_jax.data.stream import Pair
+from tests.families.common import Case, Oracle, picture
 from tests.tiny_qwen2_vl import tiny_config
 from tests.tiny_tokenizer import tiny_tokenizer
 
 PIXELS = (3136, 28224)  # of a picture, at least and at most
 POLICY = "native:3136:28224"
+WIDE, TALL, SMALL = picture(150, 90), picture(60, 200), picture(30, 30)
+PAIRS = [
+    Pair((WIDE,), "a red ball"),
+    Pair((TALL,), "the blue box is far away on the right"),
+    Pair((WIDE,), 'a "red" ball is near on your left'),
+    Pair((SMALL, WIDE), "a ball", "Which way is safe?"),
+    Pair((), "no picture at all"),
+]
 
 
 def inputs(tokenizer: Any, rendered: str, images: Sequence[Image.Image]) -> dict[str, np.ndarray]:
@@ -49,3 +58,11 @@ def oracle(**changes: Any) -> Oracle:
         {"image_processor_type": "Qwen2VLImageProcessor"},
         inputs,
     )
+
+
+def cases() -> list[Case]:
+    tied, evaluation = oracle(tie_word_embeddings=True), {"prompt": "official-eval", "image_policy": POLICY}
+    return [
+        Case("native sizes, two pictures, none; M-RoPE", oracle(), PAIRS, {"image_policy": POLICY}),
+        Case("tied embeddings, evaluation prompt", tied, PAIRS, evaluation),
+    ]
