@@ -92,7 +92,9 @@ class ViTConfig:
         expect(section, "num_channels", 3)
         for name in ("image_size", "patch_size"):
             if not isinstance(section.get(name, 1), int):
-                raise ConfigError(f"vision_config.{name} = {section[name]!r} is not implemented: give one side, a number")
+                raise ConfigError(
+                    f"vision_config.{name} = {section[name]!r} is not implemented: give one side, a number"
+                )
         stored = optional(section, "num_hidden_layers", 12)
         run = layer if layer >= 0 else stored + 1 + layer
         if not 0 < run <= stored:

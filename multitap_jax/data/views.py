@@ -4,7 +4,6 @@ A picture is one view, or, under an anyres policy, a small view of the whole and
 patches of a view.
 """
 
-
 import numpy as np
 from PIL import Image
 

@@ -5,9 +5,9 @@ from multitap_jax.backbones.vit import ViTConfig
 from multitap_jax.weights.mapping import Rule, Table
 from multitap_jax.weights.rules import decoder_rules, layer_norm, linear
 
-# Hub files: `language_model.model.*`, `language_model.lm_head.*`, `vision_tower.vision_model.*`. What transformers 5
-# writes: `vision_tower.*`; its modules: `model.language_model.*`, `lm_head.*`, `model.vision_tower.*`; those of its base
-# model: `language_model.*`. The longest prefix comes first; some only keep a shorter one from being replaced.
+# Hub files: `language_model.model.*`, `language_model.lm_head.*`, `vision_tower.vision_model.*`. Files of transformers 5:
+# `vision_tower.*`. Its modules: `model.language_model.*`, `lm_head.*`, `model.vision_tower.*`; of its base model alone:
+# `language_model.*`. The longest prefix comes first; some only keep a shorter one from being replaced.
 SPELLINGS = (
     ("model.language_model.", "language_model.model."),
     ("language_model.model.", "language_model.model."),

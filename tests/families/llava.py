@@ -1,5 +1,6 @@
 """LLaVA-1.5 as transformers has it, tiny, with a tokenizer like Llama's."""
 
+import json
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -9,10 +10,19 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
-from tests.families.common import Oracle
+from multitap_jax.data.stream import Pair
+from tests.families.common import Case, Oracle, picture
 from tests.tiny_tokenizer import CORPUS
 
 SIDE = 56  # pixels of a view, 4 x 4 patches
+WIDE, TALL, SMALL = picture(150, 90), picture(60, 200), picture(30, 30)
+PAIRS = [
+    Pair((WIDE,), "a red ball"),
+    Pair((TALL,), "the blue box is far away on the right"),
+    Pair((WIDE,), 'a "red" ball is near on your left'),
+    Pair((SMALL, WIDE), "a ball", "Which way is safe?"),
+    Pair((), "no picture at all"),
+]
 CHAT_TEMPLATE = (  # of the published folders
     "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\\n' }}{% endfor %}"
@@ -33,10 +43,7 @@ def llama_tokenizer(scheme: str = "legacy") -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     trainer = trainers.BpeTrainer(vocab_size=160, show_progress=False)
     core.train_from_iterator([*CORPUS, "USER: Describe this image. ASSISTANT: "], trainer)
-    learned = core.model.__getstate__()
-    import json
-
-    learned = json.loads(learned)
+    learned = json.loads(core.to_str())["model"]
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *learned["vocab"]]
     merges = [tuple(merge) for merge in learned["merges"]]
     vocab = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
@@ -121,3 +128,16 @@ def oracle(*, square: bool = False, text: dict[str, Any] | None = None, vision: 
         {"image_processor_type": "CLIPImageProcessor", "crop_size": {"height": SIDE, "width": SIDE}},
         stretched if square else inputs,
     )
+
+
+def cases() -> list[Case]:
+    mistral = {"model_type": "mistral", "sliding_window": None, "tie_word_embeddings": True}
+    return [
+        Case("cropped, two pictures, none", oracle(), PAIRS, {"image_policy": f"crop:{SIDE}"}),
+        Case(
+            "stretched, Mistral decoder, tied embeddings, evaluation prompt",
+            oracle(square=True, text=mistral),
+            PAIRS,
+            {"prompt": "official-eval"},
+        ),
+    ]
