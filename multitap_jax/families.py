@@ -16,12 +16,14 @@ from flax import nnx
 
 from multitap_jax.backbones import Backbone
 from multitap_jax.backbones.llava import Llava, LlavaConfig
+from multitap_jax.backbones.llava_onevision import LlavaOnevision, LlavaOnevisionConfig
 from multitap_jax.backbones.qwen2_vl import Qwen2VL, Qwen2VLConfig
 from multitap_jax.config import ConfigError
 from multitap_jax.data import chat
+from multitap_jax.data.anyres import AnyresLayout
 from multitap_jax.data.layouts import GridLayout, ImagePolicy, Layout
 from multitap_jax.data.views import ViewLayout
-from multitap_jax.weights import llava, qwen2_vl
+from multitap_jax.weights import llava, llava_onevision, qwen2_vl
 from multitap_jax.weights.files import FolderError, read_json
 from multitap_jax.weights.mapping import Table
 
@@ -63,6 +65,11 @@ def _llava_layout(config: Any, policy: ImagePolicy) -> Layout:
     return ViewLayout(policy, config.vision.pixels.patch_size, config.vision.image_size)
 
 
+def _onevision_layout(config: Any, policy: ImagePolicy) -> Layout:
+    pixels, tiles = config.vision.pixels, config.tiles
+    return AnyresLayout(policy, pixels.patch_size, tiles.image_size, tiles.pinpoints, tiles.max_views)
+
+
 def _llava_entries(config: Any) -> Mapping[str, Any]:
     policy = f"square:{config.vision.image_size}"
     return {"image_policy": policy, "chat": chat.LLAVA_QWEN2 if config.decoder == "qwen2" else chat.LLAVA}
@@ -84,6 +91,14 @@ FAMILIES: dict[str, Family] = {
         chat=chat.LLAVA,
         layout=_llava_layout,
         of=_llava_entries,
+    ),
+    "llava_onevision": Family(
+        config=LlavaOnevisionConfig.from_hf,
+        model=LlavaOnevision,
+        table=llava_onevision.table,
+        chat=chat.LLAVA_QWEN2,
+        layout=_onevision_layout,
+        of=lambda config: {"image_policy": f"square:{config.vision.image_size}"},
     ),
 }
 

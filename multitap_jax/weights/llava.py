@@ -1,13 +1,14 @@
 """The weight table of LLaVA-1.5, and what it shares with its kin: the tower's rules and the spellings of keys."""
 
 from multitap_jax.backbones.llava import LlavaConfig
+from multitap_jax.backbones.llava_onevision import LlavaOnevisionConfig
 from multitap_jax.backbones.vit import ViTConfig
 from multitap_jax.weights.mapping import Rule, Table
 from multitap_jax.weights.rules import decoder_rules, layer_norm, linear
 
-# Hub files: `language_model.model.*`, `language_model.lm_head.*`, `vision_tower.vision_model.*`. Files of transformers 5:
-# `vision_tower.*`. Its modules: `model.language_model.*`, `lm_head.*`, `model.vision_tower.*`; of its base model alone:
-# `language_model.*`. The longest prefix comes first; some only keep a shorter one from being replaced.
+# Hub files: `language_model.model.*`, `language_model.lm_head.*`, `vision_tower.vision_model.*`. transformers 5 writes
+# `vision_tower.*`; its modules are `model.language_model.*`, `lm_head.*`, `model.vision_tower.*`, and those of its base
+# model alone `language_model.*`. The longest prefix comes first; some only keep a shorter one from being replaced.
 SPELLINGS = (
     ("model.language_model.", "language_model.model."),
     ("language_model.model.", "language_model.model."),
@@ -24,7 +25,7 @@ SPELLINGS = (
 TOWER = "vision_tower.vision_model"
 
 
-def table(config: LlavaConfig) -> Table:
+def table(config: LlavaConfig | LlavaOnevisionConfig) -> Table:
     """Rules of a model with this configuration."""
     rules = decoder_rules(config.text, "language_model.model") + tower_rules(config.vision) + projector_rules(config)
     return Table(tuple(rules), SPELLINGS, unused_keys(config.vision))
@@ -45,7 +46,7 @@ def tower_rules(config: ViTConfig) -> list[Rule]:
     return rules + _layer_rules(f"{path}.layers")
 
 
-def projector_rules(config: LlavaConfig) -> list[Rule]:
+def projector_rules(config: LlavaConfig | LlavaOnevisionConfig) -> list[Rule]:
     """`backbones.llava.Projector`."""
     rules = linear("multi_modal_projector.linear_1", "vision.projector.fc1", bias=config.projector_bias)
     return rules + linear("multi_modal_projector.linear_2", "vision.projector.fc2", bias=config.projector_bias)
