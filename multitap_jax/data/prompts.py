@@ -2,7 +2,7 @@
 
 The official prompts (kaist-cvml/MULTI-TAP, the behaviour only) put the image before the text that is judged, so all
 texts of one image share everything up to the text: the prefix. Prefix and text are tokenised apart. That is exact
-because the split follows a control token, and tokenizers never merge across one:
+because the split follows a control token, and tokenizers never merge across one (Qwen2-VL's format, for example):
 
     <|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nDescribe this image.<|im_end|>\n
     <|im_start|>assistant\n<|vision_start|><|image_pad|><|vision_end|> | {text}<|im_end|>\n

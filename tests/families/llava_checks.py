@@ -29,6 +29,7 @@ from multitap_jax.scoring.artefact import Artefact
 from multitap_jax.stage1.step import forward as step_forward
 from multitap_jax.stage1.step import join_cells, split_cells
 from multitap_jax.stage1.trainable import add_lora, merge_lora
+from multitap_jax.weights.files import read_tensors
 from multitap_jax.weights.hub import export_tensors, load_backbone
 from multitap_jax.weights.mapping import named_params
 from tests.families.common import GRADIENT_TOLERANCE, QUICK, TOLERANCE, batches, direction, forward
@@ -84,6 +85,7 @@ def save_artefact(base: Path, folder: Path, contract: Contract) -> Artefact:
 
 def check_transformers_opens(oracle_model: Any, folder: Path) -> None:
     """An artefact in transformers: nothing missing, nothing left over, every tensor the one it was made of."""
+    assert all("vision_model" in name for name in read_tensors(folder) if name.startswith("vision_tower"))
     model, info = type(oracle_model).from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
