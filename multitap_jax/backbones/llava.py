@@ -132,9 +132,8 @@ def tower_config(
         (layer,) = layer
     if not isinstance(layer, int):
         raise ConfigError(f"vision_feature_layer = {layer!r} is not implemented; this family has a single layer")
-    tower = ViTConfig.from_hf(
-        config.get("vision_config") or {}, preprocessor, kind=kind, layer=layer, published=published
-    )
+    section = config.get("vision_config")
+    tower = ViTConfig.from_hf(section, preprocessor, kind=kind, layer=layer, published=published)
     wanted = "full" if tower.kind == SIGLIP else "default"
     if (found := config.get("vision_feature_select_strategy", strategy)) != wanted:
         raise ConfigError(

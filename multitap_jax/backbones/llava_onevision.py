@@ -48,7 +48,8 @@ class Tiles:
         """What is wrong with the numbers."""
         wrong = [size for size in self.pinpoints if any(side <= 0 or side % self.image_size for side in size)]
         if wrong or not self.pinpoints:
-            yield f"image_grid_pinpoints must be multiples of image_size = {self.image_size}; are not: {wrong}"
+            found = ", ".join(map(str, wrong[:3])) or "the list is empty"
+            yield f"image_grid_pinpoints must be multiples of image_size = {self.image_size}: {found}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,7 +62,7 @@ class ViTConfig:
     @classmethod
     def from_hf(
         cls,
-        section: Mapping[str, Any],
+        section: Mapping[str, Any] | None,
         preprocessor: Mapping[str, Any] | None,
         *,
         kind: str,
@@ -72,7 +72,7 @@ class ViTConfig:
         """Reads `vision_config`.
 
         Args:
-          section: the section, empty where the file has none.
+          section: the section, None where the file has none.
           preprocessor: contents of `preprocessor_config.json`, or None.
           kind: the kind where the section names none.
           layer: which hidden state is looked at: 0 the embeddings, 1 the first layer's output, -1 the last one's.
@@ -81,7 +81,7 @@ class ViTConfig:
         Raises:
           ConfigError: another kind of tower, or a layer that there is none of.
         """
-        section = section or published
+        section = published if section is None else section
         kind = section.get("model_type", kind)
         if kind not in _DEFAULTS:
             raise ConfigError(

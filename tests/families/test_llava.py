@@ -15,7 +15,7 @@ from multitap_jax.data.decode import ImageError
 from multitap_jax.data.prompts import VARIANTS, Encoded, Prompter
 from multitap_jax.data.stream import Pair
 from multitap_jax.data.views import ViewLayout
-from multitap_jax.families import read_config
+from multitap_jax.families import FAMILIES, read_config
 from multitap_jax.weights.hub import load_backbone
 from tests.families.common import (
     TOLERANCE,
@@ -78,7 +78,7 @@ def test_a_policy_that_the_tower_cannot_take_says_which_it_can(policy):
         ViewLayout(policy, 14, 336)
 
 
-@pytest.mark.parametrize("scheme", ["legacy", "first"])
+@pytest.mark.parametrize("scheme", ["legacy", "first", "always"])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("images", [0, 1, 2])
 def test_tokens_are_those_of_the_processor(scheme, variant, images):
@@ -245,6 +245,37 @@ def test_what_the_published_file_leaves_out():
     assert config.block == (576, 576)
     assert json.dumps(config.vision.pixels.mean) == json.dumps(CLIP_MEAN)
     assert not config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("name", ["LlavaConfig", "LlavaOnevisionConfig"])
+@pytest.mark.parametrize("sections", [{}, {"vision_config": {"image_size": 384}, "text_config": {}}], ids=str)
+def test_absent_entries_mean_what_they_do_in_transformers(name, sections):
+    import transformers
+
+    theirs = getattr(transformers, name)(**json.loads(json.dumps(sections)))
+    written = json.loads(theirs.to_json_string())
+    family = FAMILIES[theirs.model_type]
+    ours = family.config({"model_type": theirs.model_type, **sections}, None)
+    assert family.config(written, None) == ours
+    vision, text = theirs.vision_config, theirs.text_config
+    assert (ours.vision.size, ours.vision.stored_layers) == (vision.hidden_size, vision.num_hidden_layers)
+    assert (ours.vision.image_size, ours.vision.pixels.patch_size) == (vision.image_size, vision.patch_size)
+    assert (ours.vision.norm_eps, ours.vision.activation) == (vision.layer_norm_eps, vision.hidden_act)
+    assert ours.vision.pooler == getattr(vision, "vision_use_head", False)
+    assert (ours.text.vocab_size, ours.text.intermediate_size) == (text.vocab_size, text.intermediate_size)
+    assert (ours.text.num_kv_heads, ours.text.rms_norm_eps) == (text.num_key_value_heads, text.rms_norm_eps)
+    assert ours.text.rope.theta == text.rope_parameters["rope_theta"]
+    assert ours.image_token_id == theirs.image_token_index
+
+
+def test_execution_changes_no_feature(model):
+    backbone = load_backbone(model[2])
+    (batch,) = batches(model[2], PAIRS[:2], contract_of(model[2]))
+    expected = np.asarray(backbone.vision(batch, Execution()))
+    other = Execution(attention="blockwise", layers="loop")
+    np.testing.assert_allclose(backbone.vision(batch, other), expected, atol=1e-5, rtol=0)
+    short = np.asarray(backbone.vision(batch, Execution(dtype="bfloat16"))).astype(np.float32)
+    assert 0 < np.linalg.norm(short - expected) / np.linalg.norm(expected) < 0.03
 
 
 def test_inputs_of_the_oracle_hold_every_picture(model):

@@ -211,7 +211,7 @@ def test_flops_are_the_compilers():
 
 WRONG = {
     "vision_aspect_ratio = 'pad'": {"vision_aspect_ratio": "pad"},
-    r"multiples of image_size = 384; are not: \[\(384, 400\)\]": {"image_grid_pinpoints": [[384, 384], [384, 400]]},
+    r"multiples of image_size = 384: \(384, 400\)": {"image_grid_pinpoints": [[384, 384], [384, 400]]},
     "text_config.model_type = 'qwen3'": {"text_config": {"model_type": "qwen3"}},
     "sliding window": {"text_config": {"model_type": "qwen2", "use_sliding_window": True}},
     "vision_feature_select_strategy = 'default'": {"vision_feature_select_strategy": "default"},
