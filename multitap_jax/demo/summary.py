@@ -117,7 +117,7 @@ def report_data(
             ModelRow(RUNS[name], {shown: _interval(j.metrics.statistics()[key]) for shown, key in SHOWN.items()})
             for name, j in results.runs.items()
         ],
-        train_loss=[(row["step"], row["loss"]) for row in rows if "loss" in row],
+        train_loss=[(row["step"], row["loss"]) for row in rows if row.get("loss") is not None],
         heldout_loss=[(row["step"], row["evaluation"]["loss"]) for row in rows if "evaluation" in row],
         human=trained.human,
         predicted=trained.predicted,

@@ -242,9 +242,9 @@ def _judge(tally: _Tally, max_rejected: float, rejected_file: Path, *, final: bo
     share = tally.rejected / tally.lines
     if share > max_rejected:
         raise TooManyRejected(
-            f"{tally.rejected} of {tally.lines} records have no score ({share:.1%}, --max-rejected is "
+            f"{tally.rejected} of {tally.lines} records have no score ({share:.1%}, --max_rejected is "
             f"{max_rejected:.1%}). First reasons: {'; '.join(tally.reasons)}. All of them: {rejected_file}. Raise "
-            "--max-rejected to accept this and go on; or mend the input, remove the output and start again"
+            "--max_rejected to accept this and go on; or mend the input, remove the output and start again"
         )
 
 
