@@ -38,6 +38,10 @@ class SupportsScore(Protocol):
     def settings(self) -> dict[str, Any]:
         """JSON of what else decides a score or an error: computation type, longest pair."""
 
+    @property
+    def trained_on(self) -> dict[str, Any]:
+        """JSON of the human score that the overall score stands for: `target` and `target_range`."""
+
     def score(
         self, *, images: Sequence[Any], texts: Sequence[str], requests: Sequence[str | None], truncate: bool
     ) -> "Scores":
@@ -141,7 +145,7 @@ def score_file(
         "model": scorer.fingerprint,
         "settings": {**scorer.settings, "truncate": truncate, "allow_outside_root": allow_outside_root},
     }
-    with Journal(output, identity) as journal:
+    with Journal(output, identity, {"trained_on": scorer.trained_on}) as journal:
         finished = journal.finished()
         tally, resumed = _Tally(**(finished or {})), 0
         if finished is None:

@@ -61,6 +61,12 @@ def _run(config: TrainConfig, workdir: Path, console: Console) -> RunResult:
         missing = "model.checkpoint" if not config.model.checkpoint else "data.train"
         raise ConfigError(f"config.{missing} is empty; give it as --config.{missing}=PATH")
     base = Path(config.model.checkpoint)
+    if not base.is_dir():
+        raise ConfigError(
+            f"config.model.checkpoint = {base}: no such folder. Nothing is fetched unasked: download the weights "
+            "first, for instance with `hf download Qwen/Qwen2-VL-2B-Instruct --local-dir Qwen2-VL-2B-Instruct`; "
+            "`multitap demo` leaves a tiny model in demo_run/base"
+        )
     mesh = make_mesh(config.mesh)
     processing = Processing.from_folder(base, _contract(config, base))
     rejects = Rejects(

@@ -25,6 +25,7 @@ from multitap_jax.config import (
     TrainConfig,
 )
 from multitap_jax.stage1.metrics import MetricsLog, NonFiniteError
+from multitap_jax.stage1.progress import describe
 from multitap_jax.stage1.spikes import LossSpikeError, SpikeWatch
 from multitap_jax.stage1.train import train
 from multitap_jax.stage1.trainable import add_lora, merge_lora
@@ -226,7 +227,7 @@ def test_the_check_stops_the_run_before_the_batch_is_used(tmp_path):
 
 # 2026-11: reads that orbax gives up on end after its event loop is closed, and say so from their threads.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_damaged_checkpoint_is_skipped_and_set_aside(whole, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_skipped_and_set_aside(whole, tmp_path, capsys, caplog):
     train(CONFIG, tmp_path, toy_model(), Terminating())
     for path in (tmp_path / "checkpoints" / "4").rglob("*"):
         if path.is_file() and path.parent.name == "d":
@@ -234,6 +235,7 @@ def test_a_damaged_checkpoint_is_skipped_and_set_aside(whole, tmp_path, capsys):
     result = train(CONFIG, tmp_path, toy_model(), ToyDataset())
     shown = capsys.readouterr().err
     assert "checkpoints/4 is damaged and was skipped" in shown
+    assert not [entry for entry in caplog.records if entry.name == "absl" and entry.levelname == "ERROR"]
     assert "going on after step 2 of 6" in shown
     assert (tmp_path / "corrupt" / "4").is_dir()
     assert_same_model(result.model, whole[1].model)
@@ -281,6 +283,12 @@ def test_settings_that_cannot_be_used_are_refused(tmp_path):
         train(dataclasses.replace(CONFIG, mesh=MeshConfig(context=2)), tmp_path, toy_model(), ToyDataset())
     with pytest.raises(ConfigError, match="the model has no adapters"):
         train(dataclasses.replace(CONFIG, trainable=TrainableConfig(parts="lora")), tmp_path, toy_model(), ToyDataset())
+
+
+def test_rates_are_numbers_that_people_read():
+    line = {"loss": 0.25, "seconds_per_step": 0.01234, "pairs_per_second": 1013.2, "mfu": None}
+    text = describe(line | {"tokens_per_second": 1e6, "packing_efficiency": 0.9})
+    assert "0.0123 s/step  1,013 pairs/s  1,000,000 tokens/s" in text
 
 
 def test_the_log_drops_what_lies_beyond_the_step_and_a_torn_line(tmp_path):
