@@ -1,8 +1,8 @@
 """The vision tower of Llama-3.2-Vision (Mllama; arXiv 2407.21783, section 7): tiles, two stacks of layers, gates.
 
-An image is T tiles of one size, of which some may be padding; they are encoded together. Each tile is its patches and a
-class token, filled up to a multiple of eight: real tokens attend to that filling and to padding tiles, whose states they
-change in turn. That is how the published weights were trained, so all T tiles are encoded whatever the picture.
+An image is T tiles of one size, of which some may be padding; they are encoded together. Each tile is its patches and
+a class token, filled up to a multiple of eight. Real tokens attend to that filling and to padding tiles, as they did
+when the published weights were trained, so all T tiles are encoded whatever the picture.
 Letters: E size of the tower, N images (blocks of all vision rows), T tiles, g patches of a tile, U = g + 1 tokens of a
 tile, W = U rounded up to a multiple of eight, K intermediate states.
 """
@@ -145,11 +145,11 @@ def arrangements(max_tiles: int) -> tuple[tuple[int, int], ...]:
 
 def _check_preprocessor(preprocessor: Mapping[str, Any], side: int, tiles: int) -> None:
     size = preprocessor.get("size") or {"height": side, "width": side}
-    found = {"size": (size.get("height"), size.get("width")), "max_image_tiles": preprocessor.get("max_image_tiles")}
-    wanted = {"size": (side, side), "max_image_tiles": tiles}
-    wrong = [
-        f"{name} = {value}, not {wanted[name]}" for name, value in found.items() if value not in (None, wanted[name])
-    ]
+    facts = {
+        "size": ((size.get("height"), size.get("width")), (side, side)),
+        "max_image_tiles": (optional(preprocessor, "max_image_tiles", tiles), tiles),
+    }
+    wrong = [f"{name} = {found}, not {wanted}" for name, (found, wanted) in facts.items() if found != wanted]
     if wrong:
         raise ConfigError(f"the image processor's file does not fit vision_config: {'; '.join(wrong)}")
 

@@ -42,13 +42,13 @@ _SPLIT = (
 # The image token comes last: its id is the first beyond the vocabulary, as in the published models.
 _SPECIAL = ("begin_of_text", "end_of_text", "finetune_right_pad_id", "start_header_id", "end_header_id", "eot_id")
 
-# Two by one tiles, one by four, four (two by two), one.
-WIDE, LONG, LARGE, SMALL = picture(56, 20), picture(140, 30), picture(70, 64), picture(20, 24)
+# One tile, two beside each other, three above each other, two by two.
+SMALL, WIDE, TALL, LARGE = picture(20, 24), picture(56, 20), picture(40, 84), picture(70, 64)
 PAIRS = [
     Pair((WIDE,), "a red ball"),
     Pair((LARGE,), "the blue box is far away on the right"),
     Pair((WIDE,), 'a "red" ball is near on your left'),
-    Pair((LONG, SMALL), "a ball", "Which way is safe?"),
+    Pair((TALL, SMALL), "a ball", "Which way is safe?"),
     Pair((SMALL,), "the box"),
     Pair((), "no picture at all"),
     Pair((SMALL,), "a box is near"),
@@ -80,15 +80,24 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return found
 
 
-def inputs(tokenizer: Any, rendered: str, images: Sequence[Image.Image]) -> dict[str, np.ndarray]:
-    """What MllamaProcessor gives for a conversation that already has its first token."""
+def inputs(
+    tokenizer: Any, rendered: str, images: Sequence[Image.Image], *, side: int | None = None
+) -> dict[str, np.ndarray]:
+    """What MllamaProcessor gives for a conversation that already has its first token.
+
+    With `side` pictures are stretched first, as the official evaluation does.
+    """
+    if side is not None:
+        images = [image.resize((side, side), Image.Resampling.BICUBIC) for image in images]
     options = {key: value for key, value in PREPROCESSOR.items() if key != "image_processor_type"}
     processor = MllamaProcessor(MllamaImageProcessorPil(**options), tokenizer)
     pictures = [list(images)] if images else None
     return dict(processor(images=pictures, text=[rendered], add_special_tokens=False, return_tensors="np"))
 
 
-def oracle(*, vision: dict[str, Any] | None = None, text: dict[str, Any] | None = None, **changes: Any) -> Oracle:
+def oracle(*, side: int | None = None, **changes: Any) -> Oracle:
+    """`side` stretches pictures; `vision_config` and `text_config` among the changes are merged into the sections."""
+    vision, text = (changes.pop(section, {}) for section in ("vision_config", "text_config"))
     vocabulary = len(tokenizer()) - 1
     config = {
         "architectures": ["MllamaForConditionalGeneration"],
@@ -118,7 +127,7 @@ def oracle(*, vision: dict[str, Any] | None = None, text: dict[str, Any] | None 
             "eos_token_id": tokenizer().eos_token_id,
             "pad_token_id": tokenizer().pad_token_id,
             "tie_word_embeddings": False,
-            **(text or {}),
+            **text,
         },
         "vision_config": {
             "model_type": "mllama_vision_model",
@@ -134,17 +143,17 @@ def oracle(*, vision: dict[str, Any] | None = None, text: dict[str, Any] | None 
             "intermediate_layers_indices": [0, 2],
             "vision_output_dim": 96,
             "norm_eps": 1e-5,
-            **(vision or {}),
+            **vision,
         },
         **changes,
     }
-    return Oracle(config, ("MllamaForConditionalGeneration", "MllamaConfig"), tokenizer(), PREPROCESSOR, inputs)
+    found = functools.partial(inputs, side=side)
+    return Oracle(config, ("MllamaForConditionalGeneration", "MllamaConfig"), tokenizer(), PREPROCESSOR, found)
 
 
 def cases() -> list[Case]:
     square = {"prompt": "official-eval", "image_policy": f"square:{TILE}"}
-    squares = [pair for pair in PAIRS if len(pair.images) < 2]
     return [
-        Case("1 to 4 tiles, two pictures, none", oracle(), PAIRS, {"image_policy": POLICY}),
-        Case("one tile, evaluation prompt", oracle(), squares, square),
+        Case("1 to 4 tiles, two pictures, none; official-train", oracle(), PAIRS, {"image_policy": POLICY}),
+        Case("one tile a picture; official-eval", oracle(side=TILE), PAIRS, square),
     ]
