@@ -13,13 +13,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from PIL import Image
 
 from multitap_jax.backbones import Backbone
+from multitap_jax.backbones.mllama import Mllama, MllamaConfig
 from multitap_jax.backbones.qwen2_vl import Qwen2VL, Qwen2VLConfig
 from multitap_jax.config import ConfigError
 from multitap_jax.data import chat
 from multitap_jax.data.layouts import GridLayout, ImagePolicy, Layout
-from multitap_jax.weights import qwen2_vl
+from multitap_jax.data.tiles import TileLayout
+from multitap_jax.weights import mllama, qwen2_vl
 from multitap_jax.weights.files import FolderError, read_json
 from multitap_jax.weights.mapping import Table
 
@@ -55,7 +58,19 @@ def _qwen_layout(config: Any, policy: ImagePolicy) -> Layout:
     return GridLayout(policy, config.vision.pixels.patch_size, config.vision.merge_size)
 
 
+def _tile_layout(config: Any, policy: ImagePolicy) -> Layout:
+    v = config.vision
+    return TileLayout(policy, v.image_size, v.max_num_tiles, v.pixels.patch_size, Image.Resampling(v.resample))
+
+
 FAMILIES: dict[str, Family] = {
+    "mllama": Family(
+        config=MllamaConfig.from_hf,
+        model=Mllama,
+        table=mllama.table,
+        chat=chat.LLAMA32_VISION,
+        layout=_tile_layout,
+    ),
     "qwen2_vl": Family(
         config=Qwen2VLConfig.from_hf,
         model=Qwen2VL,

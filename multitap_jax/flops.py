@@ -8,7 +8,7 @@ Only useful work counts: no padding, no recomputation (remat), no optimizer. A p
   vision, per visible pair, layer  4 E
   vision, per patch                2 F E                                    patch embedding (frames folded)
   and what joins the tower to the decoder, which each family's `vision_flops` adds (Qwen2-VL's merger, per cell of m^2
-  patches: 2 ((m^2 E)^2 + m^2 E H))
+  patches: 2 ((m^2 E)^2 + m^2 E H)); a family with layers of another kind has a `forward_flops` of its own (Mllama)
 
 Causal attention counts what is visible, about half of S^2. A backward pass is twice a forward pass where weights learn
 and once where only activations need gradients; so training everything costs 3 forward passes.
@@ -47,13 +47,18 @@ TRAINING_FACTORS: dict[str, tuple[int, int]] = {"full": (3, 3), "text": (3, 1), 
 
 
 class Work(NamedTuple):
-    """What a batch asks for: real tokens and patches, and how many (query, key) pairs the mask lets see each other."""
+    """What a batch asks for: real tokens and patches, and how many (query, key) pairs the mask lets see each other.
+
+    Where images are kept out of the row, also their number, and the pairs of a token and a patch that it attends to.
+    """
 
     tokens: int
     token_pairs: int
     patches: int
     patch_pairs: int
     padded_tokens: int
+    images: int = 0
+    cross_pairs: int = 0
 
 
 class Flops(NamedTuple):
@@ -68,8 +73,11 @@ class Flops(NamedTuple):
         return self.decoder + self.vision
 
 
-def count_work(batch: PackedBatch) -> Work:
-    """Counts the work of a batch on the host, from its segments alone."""
+def count_work(batch: PackedBatch, block: tuple[int, int] | None = None) -> Work:
+    """Counts the work of a batch on the host, from its segments alone.
+
+    `block` is that of `Layout`; it is needed where images are kept out of the row.
+    """
     segment, prefix = np.asarray(batch.segment), np.asarray(batch.prefix)
     pairs = 0
     for row, seen in zip(segment, prefix, strict=True):
@@ -82,22 +90,45 @@ def count_work(batch: PackedBatch) -> Work:
         pairs += int(np.sum(own * (own + 1) // 2 + own * shared))
     patch_segment = np.asarray(batch.patch_segment)
     patch_pairs = sum(int(np.sum(np.bincount(row)[1:].astype(np.int64) ** 2)) for row in patch_segment)
-    return Work(int((segment > 0).sum()), pairs, int((patch_segment > 0).sum()), patch_pairs, segment.size)
+    apart = (0, 0) if block is None or not batch.image_token.size else _count_apart(batch, block[0])
+    return Work(int((segment > 0).sum()), pairs, int((patch_segment > 0).sum()), patch_pairs, segment.size, *apart)
+
+
+def _count_apart(batch: PackedBatch, block: int) -> tuple[int, int]:
+    """Images that are one block and one cell each, and pairs of a token and a patch that it attends to.
+
+    Tokens after an image attend to its real patches; tokens of its group before the first image to all of the block.
+    """
+    segment, prefix, at = (np.asarray(x) for x in (batch.segment, batch.prefix, batch.image_token))
+    real = (np.asarray(batch.patch_segment) > 0).reshape(-1, block).sum(axis=1)
+    pairs = 0
+    for row in range(len(at)):
+        columns = at[row][at[row] >= 0]
+        runs = segment[row, columns]
+        for column, run in zip(columns, runs, strict=True):
+            own = np.flatnonzero(prefix[row] == run)
+            pairs += int((own >= column).sum()) * int(real[np.asarray(batch.image_cell)[row, column]])
+            pairs += int((own < columns[runs == run].min()).sum()) * block
+    return int((real > 0).sum()), pairs
 
 
 def forward_flops(config: Any, work: Work) -> Flops:
     """Forward FLOPs of `work` by the formula above.
 
     Args:
-      config: of a backbone: `text` (a `DecoderConfig`) and `vision_flops`.
+      config: of a backbone: `text` (a `DecoderConfig`) and `vision_flops`, or a `forward_flops` of its own.
       work: from `count_work`.
     """
-    text = config.text
+    if hasattr(config, "forward_flops"):
+        return config.forward_flops(work)
+    return Flops(float(decoder_flops(config.text, work)), float(config.vision_flops(work.patches, work.patch_pairs)))
+
+
+def decoder_flops(text: Any, work: Work) -> float:
+    """Forward FLOPs of the layers of a `DecoderConfig`."""
     heads, groups = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
     per_token = 2 * text.hidden_size * (2 * heads + 2 * groups + 3 * text.intermediate_size)
-    decoder = text.num_layers * (work.tokens * per_token + work.token_pairs * 4 * heads)
-    vision = config.vision_flops(work.patches, work.patch_pairs)
-    return Flops(float(decoder), float(vision))
+    return text.num_layers * (work.tokens * per_token + work.token_pairs * 4 * heads)
 
 
 def train_flops(config: Any, work: Work, parts: str = "full") -> float:

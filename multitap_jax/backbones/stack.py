@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from multitap_jax.backbones.attention import check_backend
@@ -56,7 +58,7 @@ def run_layers(layers: Any, x: jax.Array, *shared: Any, execution: Execution) ->
     """x <- layer(x, *shared) for each layer of a stacked module.
 
     Args:
-      layers: a module whose every array has a leading layer axis L.
+      layers: a module whose every array has a leading layer axis L; L may be 0.
       x: [B, S, H], the input of the first layer.
       *shared: what every layer gets besides: rotary angles, visibility.
       execution: scan or loop, and what to rematerialise.
@@ -64,16 +66,68 @@ def run_layers(layers: Any, x: jax.Array, *shared: Any, execution: Execution) ->
     Returns:
       [B, S, H], the output of the last layer.
     """
-    pin = functools.partial(_pin, execution.mesh)
-    step = lambda x, layer: (pin(layer(pin(x), *shared)), None)
-    if execution.remat != "none":
-        # A scan keeps XLA from merging the recomputation with the forward pass; an unrolled loop needs the barrier.
-        step = jax.checkpoint(step, policy=_POLICIES[execution.remat], prevent_cse=execution.layers == "loop")
+    step = _step(shared, execution)
+    return run_groups(lambda x, layer: (step(x, layer), None), x, layers, execution=execution)[0]
+
+
+def run_layer(layer: Any, x: jax.Array, *shared: Any, execution: Execution) -> jax.Array:
+    """layer(x, *shared) for one layer that is not stacked, sharded and rematerialised as those of a stack."""
+    return _step(shared, execution)(x, layer)
+
+
+def run_groups(
+    step: Callable[[Any, Any], tuple[Any, Any]], x: Any, groups: Any, *, execution: Execution
+) -> tuple[Any, Any]:
+    """As `jax.lax.scan(step, x, groups)`, scanned or unrolled as `execution` says.
+
+    A group is whatever stands at one index of the leading axis of all arrays of `groups`: a layer, layers of several
+    kinds that repeat together, a layer and its number.
+    """
     if execution.layers == "scan":
-        return jax.lax.scan(step, x, layers)[0]
-    for layer in _unstack(layers):
-        x, _ = step(x, layer)
-    return x
+        return jax.lax.scan(step, x, groups)
+    outputs = []
+    for group in _unstack(groups):
+        x, output = step(x, group)
+        outputs.append(output)
+    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs) if outputs else None
+
+
+def keep_states(
+    layers: Any, x: jax.Array, *shared: Any, kept: Sequence[int], execution: Execution
+) -> tuple[jax.Array, jax.Array]:
+    """As `run_layers`, and some of the states on the way, without holding the others.
+
+    Args:
+      layers, x, shared, execution: as in `run_layers`.
+      kept: distinct numbers of states: i < L is the input of layer i, L is the output of the last.
+
+    Returns:
+      [B, S, H], the output of the last layer, and [len(kept), B, S, H].
+    """
+    step, count = _step(shared, execution), jax.tree.leaves(layers)[0].shape[0]
+    slots = np.full(count + 1, len(kept), np.int32)  # what is not kept goes to a slot behind those that are
+    slots[list(kept)] = np.arange(len(kept))
+
+    def put(states: jax.Array, x: jax.Array, slot: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(states, x, slot, 0)
+
+    def group(carry: tuple[jax.Array, jax.Array], part: tuple[Any, jax.Array]) -> tuple[Any, None]:
+        (x, states), (layer, slot) = carry, part
+        return (step(x, layer), put(states, x, slot)), None
+
+    states = jnp.zeros((len(kept) + 1, *x.shape), x.dtype)
+    (x, states), _ = run_groups(group, (x, states), (layers, jnp.asarray(slots[:-1])), execution=execution)
+    return x, put(states, x, jnp.asarray(slots[-1]))[:-1]
+
+
+def _step(shared: tuple[Any, ...], execution: Execution) -> Callable[[jax.Array, Any], jax.Array]:
+    """(x, layer) -> layer(x, *shared), held to the batch's sharding and rematerialised as asked."""
+    pin = functools.partial(_pin, execution.mesh)
+    step = lambda x, layer: pin(layer(pin(x), *shared))
+    if execution.remat == "none":
+        return step
+    # A scan keeps XLA from merging the recomputation with the forward pass; an unrolled loop needs the barrier.
+    return jax.checkpoint(step, policy=_POLICIES[execution.remat], prevent_cse=execution.layers == "loop")
 
 
 def _pin(mesh: jax.sharding.Mesh | None, x: jax.Array) -> jax.Array:
@@ -89,15 +143,11 @@ def collect_layers(layers: Any, x: jax.Array, *shared: Any, execution: Execution
         x = layer(x, *shared)
         return x, x
 
-    if execution.layers == "scan":
-        return jnp.concatenate([x[None], jax.lax.scan(step, x, layers)[1]])
-    outputs = [x]
-    for layer in _unstack(layers):
-        outputs.append(layer(outputs[-1], *shared))
-    return jnp.stack(outputs)
+    outputs = run_groups(step, x, layers, execution=execution)[1]
+    return x[None] if outputs is None else jnp.concatenate([x[None], outputs])
 
 
 def _unstack(layers: Any) -> list[Any]:
-    """The L modules of a stacked one."""
+    """The L modules of a stacked one, or the parts of a tuple of such."""
     count = jax.tree.leaves(layers)[0].shape[0]
     return [jax.tree.map(lambda leaf, index=index: leaf[index], layers) for index in range(count)]

@@ -47,6 +47,20 @@ class ChatFormat:
         return "".join(out)
 
 
+_LLAMA_TURN = "<|start_header_id|>{role}<|end_header_id|>\n\n"
+
+# The standard system message goes with texts only; the date is the template's own where nobody gives one.
+LLAMA32_VISION = ChatFormat(
+    begin="<|begin_of_text|>",
+    begin_text="<|begin_of_text|>"
+    + _LLAMA_TURN.replace("{role}", "system")
+    + "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n<|eot_id|>",
+    turn=_LLAMA_TURN,
+    close="<|eot_id|>",
+    image="<|image|>",
+    placeholder="<|image|>",
+)
+
 QWEN2_VL = ChatFormat(
     begin="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
     turn="<|im_start|>{role}\n",

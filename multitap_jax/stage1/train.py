@@ -163,7 +163,7 @@ def train(
                 # 4. Step.
                 with recorder.paused() if step == start else contextlib.nullcontext():  # the first call compiles
                     state, metrics = train_step(state, frozen, shard_batch(batch, mesh))
-                recorder.add(step, metrics, np.asarray(batch.record), count_work(batch))
+                recorder.add(step, metrics, np.asarray(batch.record), count_work(batch, split.block))
                 step += 1
                 # 5. Log.
                 display.advance(step)
@@ -201,7 +201,7 @@ def _evaluate(step: Callable[[PackedBatch], jax.Array], dataset: Dataset, mesh: 
 
 
 def _flops_formula(config: Any, parts: str) -> Callable[[Work], float] | None:
-    if not hasattr(config, "vision_intermediate_size"):  # a family whose formula is not written down
+    if not any(hasattr(config, name) for name in ("vision_flops", "forward_flops")):  # nobody has written it down
         return None
     return lambda work: train_flops(config, work, parts)
 
