@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from multitap_jax.backbones.attention import check_backend
@@ -52,28 +54,61 @@ class Execution:
         return jnp.dtype(self.dtype)
 
 
-def run_layers(layers: Any, x: jax.Array, *shared: Any, execution: Execution) -> jax.Array:
-    """x <- layer(x, *shared) for each layer of a stacked module.
+def run_layers(
+    layers: Any, x: jax.Array, *shared: Any, each: tuple[Any, ...] = (), execution: Execution
+) -> jax.Array:
+    """x <- layer(x, *shared, *own) for each layer of a stacked module.
 
     Args:
       layers: a module whose every array has a leading layer axis L.
       x: [B, S, H], the input of the first layer.
       *shared: what every layer gets besides: rotary angles, visibility.
+      each: what every layer gets of its own: arrays (or trees of them) with a leading L, of which it gets its slice.
       execution: scan or loop, and what to rematerialise.
 
     Returns:
       [B, S, H], the output of the last layer.
     """
-    pin = functools.partial(_pin, execution.mesh)
-    step = lambda x, layer: (pin(layer(pin(x), *shared)), None)
+    return _fold(lambda x, layer, *own: layer(x, *shared, *own), x, (layers, *each), execution)
+
+
+def keep_layers(
+    layers: Any, x: jax.Array, *shared: Any, keep: Sequence[int], each: tuple[Any, ...] = (), execution: Execution
+) -> tuple[jax.Array, jax.Array]:
+    """As `run_layers`, and also gives states on the way, without holding the others.
+
+    Args:
+      keep: which of the L + 1 states that `collect_layers` gives, each at most once; 0 is `x`, i + 1 follows layer i.
+
+    Returns:
+      [B, S, H], the output of the last layer; [len(keep), B, S, H], the states of `keep`, in its order.
+    """
+    slots = np.full(num_layers(layers) + 1, len(keep), np.int32)  # the slot after the last takes what nobody wants
+    slots[list(keep)] = np.arange(len(keep))
+    put = functools.partial(jax.lax.dynamic_update_index_in_dim, axis=0)
+
+    def step(carry: tuple[jax.Array, jax.Array], layer: Any, slot: jax.Array, *own: Any) -> Any:
+        x, kept = carry
+        x = layer(x, *shared, *own)
+        return x, put(kept, x, slot)
+
+    kept = put(jnp.zeros((len(keep) + 1, *x.shape), x.dtype), x, slots[0])
+    x, kept = _fold(step, (x, kept), (layers, slots[1:], *each), execution)
+    return x, kept[: len(keep)]
+
+
+def _fold(step: Callable[..., Any], carry: Any, stacked: tuple[Any, ...], execution: Execution) -> Any:
+    """carry <- step(carry, *slices) for each slice of the stacked trees."""
+    pin = functools.partial(jax.tree.map, functools.partial(_pin, execution.mesh))
+    body = lambda carry, slices: (pin(step(pin(carry), *slices)), None)
     if execution.remat != "none":
         # A scan keeps XLA from merging the recomputation with the forward pass; an unrolled loop needs the barrier.
-        step = jax.checkpoint(step, policy=_POLICIES[execution.remat], prevent_cse=execution.layers == "loop")
+        body = jax.checkpoint(body, policy=_POLICIES[execution.remat], prevent_cse=execution.layers == "loop")
     if execution.layers == "scan":
-        return jax.lax.scan(step, x, layers)[0]
-    for layer in _unstack(layers):
-        x, _ = step(x, layer)
-    return x
+        return jax.lax.scan(body, carry, stacked)[0]
+    for slices in _unstack(stacked):
+        carry, _ = body(carry, slices)
+    return carry
 
 
 def _pin(mesh: jax.sharding.Mesh | None, x: jax.Array) -> jax.Array:
@@ -82,22 +117,31 @@ def _pin(mesh: jax.sharding.Mesh | None, x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*[None] * x.ndim)))
 
 
-def collect_layers(layers: Any, x: jax.Array, *shared: Any, execution: Execution) -> jax.Array:
+def collect_layers(
+    layers: Any, x: jax.Array, *shared: Any, each: tuple[Any, ...] = (), execution: Execution
+) -> jax.Array:
     """As `run_layers`, but returns [L + 1, B, S, H]: the input and the output of every layer. Nothing is recomputed."""
 
-    def step(x: jax.Array, layer: Any) -> tuple[jax.Array, jax.Array]:
-        x = layer(x, *shared)
+    def step(x: jax.Array, slices: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+        layer, *own = slices
+        x = layer(x, *shared, *own)
         return x, x
 
     if execution.layers == "scan":
-        return jnp.concatenate([x[None], jax.lax.scan(step, x, layers)[1]])
+        return jnp.concatenate([x[None], jax.lax.scan(step, x, (layers, *each))[1]])
     outputs = [x]
-    for layer in _unstack(layers):
-        outputs.append(layer(outputs[-1], *shared))
+    for slices in _unstack((layers, *each)):
+        outputs.append(step(outputs[-1], slices)[0])
     return jnp.stack(outputs)
 
 
-def _unstack(layers: Any) -> list[Any]:
-    """The L modules of a stacked one."""
-    count = jax.tree.leaves(layers)[0].shape[0]
-    return [jax.tree.map(lambda leaf, index=index: leaf[index], layers) for index in range(count)]
+def num_layers(layers: Any) -> int:
+    """L of a stacked module."""
+    return jax.tree.leaves(layers)[0].shape[0]
+
+
+def _unstack(stacked: Any) -> list[Any]:
+    """The L slices of stacked trees."""
+    return [
+        jax.tree.map(lambda leaf, index=index: jnp.asarray(leaf)[index], stacked) for index in range(num_layers(stacked))
+    ]
