@@ -15,11 +15,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from multitap_jax.backbones import Backbone
+from multitap_jax.backbones.qwen2_5_vl import Qwen25VL, Qwen25VLConfig
 from multitap_jax.backbones.qwen2_vl import Qwen2VL, Qwen2VLConfig
 from multitap_jax.config import ConfigError
 from multitap_jax.data import chat
 from multitap_jax.data.layouts import GridLayout, ImagePolicy, Layout
-from multitap_jax.weights import qwen2_vl
+from multitap_jax.weights import qwen2_5_vl, qwen2_vl
 from multitap_jax.weights.files import FolderError, read_json
 from multitap_jax.weights.mapping import Table
 
@@ -60,6 +61,14 @@ FAMILIES: dict[str, Family] = {
         config=Qwen2VLConfig.from_hf,
         model=Qwen2VL,
         table=qwen2_vl.table,
+        chat=chat.QWEN2_VL,
+        layout=_qwen_layout,
+        position_modes=("mrope", "flat"),
+    ),
+    "qwen2_5_vl": Family(
+        config=Qwen25VLConfig.from_hf,
+        model=Qwen25VL,
+        table=qwen2_5_vl.table,
         chat=chat.QWEN2_VL,
         layout=_qwen_layout,
         position_modes=("mrope", "flat"),

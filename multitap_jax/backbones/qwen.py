@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from multitap_jax.backbones.attention import Visibility, make_visibility
+from multitap_jax.backbones.attention import Visibility, attention, make_visibility
 from multitap_jax.backbones.base import Backbone
 from multitap_jax.backbones.config import decoder_config
 from multitap_jax.backbones.decoder import Decoder, DecoderConfig
@@ -138,7 +138,9 @@ def tied(config: Mapping[str, Any], text: Mapping[str, Any]) -> bool:
 
 
 class TowerLayer(nnx.Module):
-    """Pre-norm vision block."""
+    """Pre-norm vision block; `attend` turns queries, keys and values into values, knowing what is seen."""
+
+    attend: Callable[..., jax.Array] = staticmethod(attention)
 
     def __init__(self, config: TowerConfig, norm: Norm, mlp: MLP, *, rngs: nnx.Rngs, param_dtype: jnp.dtype):
         options: dict[str, Any] = {"param_dtype": param_dtype, "stack": config.num_layers}
@@ -147,9 +149,9 @@ class TowerLayer(nnx.Module):
         self.norm2 = norm(config.size, **options)
         self.mlp = mlp(config.size, config.intermediate_size, rngs=rngs, **options)
 
-    def __call__(self, x: jax.Array, angles: Angles, visibility: Visibility) -> jax.Array:
+    def __call__(self, x: jax.Array, angles: Angles, *seen: Any) -> jax.Array:
         """[R, P, E] -> [R, P, E]."""
-        x = x + self.attention(self.norm1(x), angles, visibility)
+        x = x + self.attention(self.norm1(x), angles, *seen, attend=self.attend)
         return x + self.mlp(self.norm2(x))
 
 

@@ -54,9 +54,7 @@ class Execution:
         return jnp.dtype(self.dtype)
 
 
-def run_layers(
-    layers: Any, x: jax.Array, *shared: Any, each: tuple[Any, ...] = (), execution: Execution
-) -> jax.Array:
+def run_layers(layers: Any, x: jax.Array, *shared: Any, each: tuple[Any, ...] = (), execution: Execution) -> jax.Array:
     """x <- layer(x, *shared, *own) for each layer of a stacked module.
 
     Args:
@@ -142,6 +140,5 @@ def num_layers(layers: Any) -> int:
 
 def _unstack(stacked: Any) -> list[Any]:
     """The L slices of stacked trees."""
-    return [
-        jax.tree.map(lambda leaf, index=index: jnp.asarray(leaf)[index], stacked) for index in range(num_layers(stacked))
-    ]
+    count = num_layers(stacked)
+    return [jax.tree.map(lambda leaf, index=index: jnp.asarray(leaf)[index], stacked) for index in range(count)]

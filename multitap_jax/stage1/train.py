@@ -121,6 +121,7 @@ def train(
             leaf.delete()
         log = MetricsLog(workdir / "metrics.jsonl", step, write=main)
         flops = _flops_formula(model.backbone.config, config.trainable.parts)
+        window = getattr(model.backbone.config, "window", None)
         recorder = Recorder(dataset.record_ids, flops, mesh.size, peak or peak_flops(mesh.devices.flat[0]), clock)
         batches, start, began = dataset.loader(step), step, clock()
         with Display(total, step, enabled=main) as display:
@@ -157,7 +158,7 @@ def train(
                 # 4. Step.
                 with recorder.paused() if step == start else contextlib.nullcontext():  # the first call compiles
                     state, metrics = train_step(state, frozen, shard_batch(batch, mesh))
-                recorder.add(step, metrics, np.asarray(batch.record), count_work(batch))
+                recorder.add(step, metrics, np.asarray(batch.record), count_work(batch, window))
                 step += 1
                 # 5. Log.
                 display.advance(step)
@@ -195,7 +196,7 @@ def _evaluate(step: Callable[[PackedBatch], jax.Array], dataset: Dataset, mesh: 
 
 
 def _flops_formula(config: Any, parts: str) -> Callable[[Work], float] | None:
-    if not hasattr(config, "vision_intermediate_size"):  # a family whose formula is not written down
+    if not hasattr(config, "vision_flops"):  # a family whose formula is not written down
         return None
     return lambda work: train_flops(config, work, parts)
 
