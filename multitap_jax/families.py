@@ -17,12 +17,13 @@ from PIL import Image
 
 from multitap_jax.backbones import Backbone
 from multitap_jax.backbones.mllama import Mllama, MllamaConfig
+from multitap_jax.backbones.qwen2_5_vl import Qwen25VL, Qwen25VLConfig
 from multitap_jax.backbones.qwen2_vl import Qwen2VL, Qwen2VLConfig
 from multitap_jax.config import ConfigError
 from multitap_jax.data import chat
 from multitap_jax.data.layouts import GridLayout, ImagePolicy, Layout
 from multitap_jax.data.tiles import TileLayout
-from multitap_jax.weights import mllama, qwen2_vl
+from multitap_jax.weights import mllama, qwen2_5_vl, qwen2_vl
 from multitap_jax.weights.files import FolderError, read_json
 from multitap_jax.weights.mapping import Table
 
@@ -75,6 +76,14 @@ FAMILIES: dict[str, Family] = {
         config=Qwen2VLConfig.from_hf,
         model=Qwen2VL,
         table=qwen2_vl.table,
+        chat=chat.QWEN2_VL,
+        layout=_qwen_layout,
+        position_modes=("mrope", "flat"),
+    ),
+    "qwen2_5_vl": Family(
+        config=Qwen25VLConfig.from_hf,
+        model=Qwen25VL,
+        table=qwen2_5_vl.table,
         chat=chat.QWEN2_VL,
         layout=_qwen_layout,
         position_modes=("mrope", "flat"),

@@ -4,8 +4,8 @@ Only useful work counts: no padding, no recomputation (remat), no optimizer. A p
 
   decoder, per token and layer     2 (2 H A D + 2 H G D + 3 H I)            q and o, k and v, gated MLP of inner size I
   decoder, per visible pair, layer 4 A D                                    scores and mix, exactly under the mask
-  vision, per patch and layer      2 (4 E^2 + 2 E V)                        qkv and out, MLP of inner size V
-  vision, per visible pair, layer  4 E
+  vision, per patch and layer      2 (4 E^2 + 2 E V)                        qkv, out, MLP of inner size V (gated: 3 E V)
+  vision, per visible pair, layer  4 E                                      of one picture, or of one window of it
   vision, per patch                2 F E                                    patch embedding (frames folded)
   and what joins the tower to the decoder, which each family's `vision_flops` adds (Qwen2-VL's merger, per cell of m^2
   patches: 2 ((m^2 E)^2 + m^2 E H)); a family with layers of another kind has a `forward_flops` of its own (Mllama)
@@ -49,7 +49,8 @@ TRAINING_FACTORS: dict[str, tuple[int, int]] = {"full": (3, 3), "text": (3, 1), 
 class Work(NamedTuple):
     """What a batch asks for: real tokens and patches, and how many (query, key) pairs the mask lets see each other.
 
-    Where images are kept out of the row, also their number, and the pairs of a token and a patch that it attends to.
+    `patch_pairs` are pairs of one picture, `window_pairs` pairs of one window of it where a tower has windows. Where
+    images are kept out of the row: `images`, their number, and `cross_pairs` of a token and a patch that it attends to.
     """
 
     tokens: int
@@ -57,6 +58,7 @@ class Work(NamedTuple):
     patches: int
     patch_pairs: int
     padded_tokens: int
+    window_pairs: int | None = None
     images: int = 0
     cross_pairs: int = 0
 
@@ -73,10 +75,13 @@ class Flops(NamedTuple):
         return self.decoder + self.vision
 
 
-def count_work(batch: PackedBatch, block: tuple[int, int] | None = None) -> Work:
+def count_work(batch: PackedBatch, *, window: int | None = None, block: tuple[int, int] | None = None) -> Work:
     """Counts the work of a batch on the host, from its segments alone.
 
-    `block` is that of `Layout`; it is needed where images are kept out of the row.
+    Args:
+      batch: host arrays.
+      window: patches a side of the windows that layers of the tower attend in, where the configuration has a `window`.
+      block: that of `Layout`; needed where images are kept out of the row.
     """
     segment, prefix = np.asarray(batch.segment), np.asarray(batch.prefix)
     pairs = 0
@@ -90,8 +95,10 @@ def count_work(batch: PackedBatch, block: tuple[int, int] | None = None) -> Work
         pairs += int(np.sum(own * (own + 1) // 2 + own * shared))
     patch_segment = np.asarray(batch.patch_segment)
     patch_pairs = sum(int(np.sum(np.bincount(row)[1:].astype(np.int64) ** 2)) for row in patch_segment)
+    window_pairs = None if window is None else _window_pairs(np.asarray(batch.patch_position), patch_segment, window)
     apart = (0, 0) if block is None or not batch.image_token.size else _count_apart(batch, block[0])
-    return Work(int((segment > 0).sum()), pairs, int((patch_segment > 0).sum()), patch_pairs, segment.size, *apart)
+    patches = int((patch_segment > 0).sum())
+    return Work(int((segment > 0).sum()), pairs, patches, patch_pairs, segment.size, window_pairs, *apart)
 
 
 def _count_apart(batch: PackedBatch, block: int) -> tuple[int, int]:
@@ -112,16 +119,24 @@ def _count_apart(batch: PackedBatch, block: int) -> tuple[int, int]:
     return int((real > 0).sum()), pairs
 
 
+def _window_pairs(position: np.ndarray, segment: np.ndarray, side: int) -> int:
+    row = np.broadcast_to(np.arange(len(segment))[:, None], segment.shape)
+    ids = np.concatenate([np.stack([row, segment], axis=-1), position // side], axis=-1)
+    _, counts = np.unique(ids[segment > 0], axis=0, return_counts=True)
+    return int(np.sum(counts.astype(np.int64) ** 2))
+
+
 def forward_flops(config: Any, work: Work) -> Flops:
     """Forward FLOPs of `work` by the formula above.
 
     Args:
       config: of a backbone: `text` (a `DecoderConfig`) and `vision_flops`, or a `forward_flops` of its own.
-      work: from `count_work`.
+      work: from `count_work`, with `config.window` where there is one.
     """
     if hasattr(config, "forward_flops"):
         return config.forward_flops(work)
-    return Flops(float(decoder_flops(config.text, work)), float(config.vision_flops(work.patches, work.patch_pairs)))
+    pairs = (work.patch_pairs,) if work.window_pairs is None else (work.patch_pairs, work.window_pairs)
+    return Flops(float(decoder_flops(config.text, work)), float(config.vision_flops(work.patches, *pairs)))
 
 
 def decoder_flops(text: Any, work: Work) -> float:

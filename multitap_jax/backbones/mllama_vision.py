@@ -20,7 +20,7 @@ from flax import nnx
 from multitap_jax.backbones.attention import Keys, Queries, Visibility, make_cross_visibility
 from multitap_jax.backbones.config import expect, optional
 from multitap_jax.backbones.layers import LayerNorm, Linear, gated, param
-from multitap_jax.backbones.stack import Execution, collect_layers, keep_states, run_layers
+from multitap_jax.backbones.stack import Execution, collect_layers, keep_layers, run_layers
 from multitap_jax.backbones.vision import CLIP_MEAN, CLIP_STD, PatchEmbedding, Pixels, VisionAttention, VisionMLP
 from multitap_jax.batch import PackedBatch
 from multitap_jax.config import ConfigError
@@ -228,7 +228,7 @@ class VisionModel(nnx.Module):
         x, ratio, visibility = self._prepare(batch, execution)
         shift = self.config.intermediate_states == "after"
         kept = [layer + shift for layer in self.config.intermediate_layers]
-        x, states = keep_states(self.layers, x, visibility, kept=kept, execution=execution)
+        x, states = keep_layers(self.layers, x, visibility, keep=kept, execution=execution)
         x = run_layers(self.global_layers, self._between(x, ratio), visibility, execution=execution)
         # The K states of a channel stand beside each other: channel e of state k is number e * K + k.
         states = jnp.moveaxis(states, 0, -1).reshape(*x.shape[:2], -1)

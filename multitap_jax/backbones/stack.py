@@ -54,20 +54,21 @@ class Execution:
         return jnp.dtype(self.dtype)
 
 
-def run_layers(layers: Any, x: jax.Array, *shared: Any, execution: Execution) -> jax.Array:
-    """x <- layer(x, *shared) for each layer of a stacked module.
+def run_layers(layers: Any, x: jax.Array, *shared: Any, each: tuple[Any, ...] = (), execution: Execution) -> jax.Array:
+    """x <- layer(x, *shared, *own) for each layer of a stacked module.
 
     Args:
       layers: a module whose every array has a leading layer axis L; L may be 0.
       x: [B, S, H], the input of the first layer.
       *shared: what every layer gets besides: rotary angles, visibility.
+      each: what every layer gets of its own: arrays (or trees of them) with a leading L, of which it gets its slice.
       execution: scan or loop, and what to rematerialise.
 
     Returns:
       [B, S, H], the output of the last layer.
     """
     step = _step(shared, execution)
-    return run_groups(lambda x, layer: (step(x, layer), None), x, layers, execution=execution)[0]
+    return run_groups(lambda x, part: (step(x, *part), None), x, (layers, *each), execution=execution)[0]
 
 
 def run_layer(layer: Any, x: jax.Array, *shared: Any, execution: Execution) -> jax.Array:
@@ -92,38 +93,39 @@ def run_groups(
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs) if outputs else None
 
 
-def keep_states(
-    layers: Any, x: jax.Array, *shared: Any, kept: Sequence[int], execution: Execution
+def keep_layers(
+    layers: Any, x: jax.Array, *shared: Any, keep: Sequence[int], each: tuple[Any, ...] = (), execution: Execution
 ) -> tuple[jax.Array, jax.Array]:
-    """As `run_layers`, and some of the states on the way, without holding the others.
+    """As `run_layers`, and also gives states on the way, without holding the others.
 
     Args:
-      layers, x, shared, execution: as in `run_layers`.
-      kept: distinct numbers of states: i < L is the input of layer i, L is the output of the last.
+      keep: which of the L + 1 states that `collect_layers` gives, each at most once; 0 is `x`, i + 1 follows layer i.
 
     Returns:
-      [B, S, H], the output of the last layer, and [len(kept), B, S, H].
+      [B, S, H], the output of the last layer; [len(keep), B, S, H], the states of `keep`, in its order.
     """
-    step, count = _step(shared, execution), jax.tree.leaves(layers)[0].shape[0]
-    slots = np.full(count + 1, len(kept), np.int32)  # what is not kept goes to a slot behind those that are
-    slots[list(kept)] = np.arange(len(kept))
+    step = _step(shared, execution)
+    slots = np.full(num_layers(layers) + 1, len(keep), np.int32)  # the slot after the last takes what nobody wants
+    slots[list(keep)] = np.arange(len(keep))
 
-    def put(states: jax.Array, x: jax.Array, slot: jax.Array) -> jax.Array:
+    def put(states: jax.Array, x: jax.Array, slot: Any) -> jax.Array:
         return jax.lax.dynamic_update_index_in_dim(states, x, slot, 0)
 
-    def group(carry: tuple[jax.Array, jax.Array], part: tuple[Any, jax.Array]) -> tuple[Any, None]:
-        (x, states), (layer, slot) = carry, part
-        return (step(x, layer), put(states, x, slot)), None
+    def group(carry: tuple[jax.Array, jax.Array], part: tuple[Any, ...]) -> tuple[Any, None]:
+        (x, states), (slot, layer, *own) = carry, part
+        x = step(x, layer, *own)
+        return (x, put(states, x, slot)), None
 
-    states = jnp.zeros((len(kept) + 1, *x.shape), x.dtype)
-    (x, states), _ = run_groups(group, (x, states), (layers, jnp.asarray(slots[:-1])), execution=execution)
-    return x, put(states, x, jnp.asarray(slots[-1]))[:-1]
+    states = put(jnp.zeros((len(keep) + 1, *x.shape), x.dtype), x, jnp.asarray(slots[0]))
+    groups = (jnp.asarray(slots[1:]), layers, *each)
+    (x, states), _ = run_groups(group, (x, states), groups, execution=execution)
+    return x, states[: len(keep)]
 
 
-def _step(shared: tuple[Any, ...], execution: Execution) -> Callable[[jax.Array, Any], jax.Array]:
-    """(x, layer) -> layer(x, *shared), held to the batch's sharding and rematerialised as asked."""
+def _step(shared: tuple[Any, ...], execution: Execution) -> Callable[..., jax.Array]:
+    """(x, layer, *own) -> layer(x, *shared, *own), held to the batch's sharding and rematerialised as asked."""
     pin = functools.partial(_pin, execution.mesh)
-    step = lambda x, layer: pin(layer(pin(x), *shared))
+    step = lambda x, layer, *own: pin(layer(pin(x), *shared, *own))
     if execution.remat == "none":
         return step
     # A scan keeps XLA from merging the recomputation with the forward pass; an unrolled loop needs the barrier.
@@ -136,18 +138,26 @@ def _pin(mesh: jax.sharding.Mesh | None, x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*[None] * x.ndim)))
 
 
-def collect_layers(layers: Any, x: jax.Array, *shared: Any, execution: Execution) -> jax.Array:
+def collect_layers(
+    layers: Any, x: jax.Array, *shared: Any, each: tuple[Any, ...] = (), execution: Execution
+) -> jax.Array:
     """As `run_layers`, but returns [L + 1, B, S, H]: the input and the output of every layer. Nothing is recomputed."""
 
-    def step(x: jax.Array, layer: Any) -> tuple[jax.Array, jax.Array]:
-        x = layer(x, *shared)
+    def step(x: jax.Array, slices: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+        layer, *own = slices
+        x = layer(x, *shared, *own)
         return x, x
 
-    outputs = run_groups(step, x, layers, execution=execution)[1]
+    outputs = run_groups(step, x, (layers, *each), execution=execution)[1]
     return x[None] if outputs is None else jnp.concatenate([x[None], outputs])
 
 
-def _unstack(layers: Any) -> list[Any]:
-    """The L modules of a stacked one, or the parts of a tuple of such."""
-    count = jax.tree.leaves(layers)[0].shape[0]
-    return [jax.tree.map(lambda leaf, index=index: leaf[index], layers) for index in range(count)]
+def num_layers(layers: Any) -> int:
+    """L of a stacked module."""
+    return jax.tree.leaves(layers)[0].shape[0]
+
+
+def _unstack(stacked: Any) -> list[Any]:
+    """The L slices of stacked trees."""
+    count = num_layers(stacked)
+    return [jax.tree.map(lambda leaf, index=index: jnp.asarray(leaf)[index], stacked) for index in range(count)]

@@ -61,6 +61,7 @@ LLAMA32_VISION = ChatFormat(
     placeholder="<|image|>",
 )
 
+# Also that of Qwen2.5-VL, whose published template is the same.
 QWEN2_VL = ChatFormat(
     begin="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
     turn="<|im_start|>{role}\n",

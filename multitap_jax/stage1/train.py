@@ -127,6 +127,7 @@ def train(
         flops = _flops_formula(model.backbone.config, config.trainable.parts)
         peak, spikes = peak or peak_flops(mesh.devices.flat[0]), SpikeWatch(config.spike_factor)
         recorder = Recorder(dataset.record_ids, flops, mesh.size, peak, clock, spikes)
+        count = _work_counter(model.backbone.config)
         batches, start, began = dataset.loader(step), step, clock()
         with Display(total, step, enabled=main) as display:
             for message in messages:
@@ -163,7 +164,7 @@ def train(
                 # 4. Step.
                 with recorder.paused() if step == start else contextlib.nullcontext():  # the first call compiles
                     state, metrics = train_step(state, frozen, shard_batch(batch, mesh))
-                recorder.add(step, metrics, np.asarray(batch.record), count_work(batch, split.block))
+                recorder.add(step, metrics, np.asarray(batch.record), count(batch))
                 step += 1
                 # 5. Log.
                 display.advance(step)
@@ -198,6 +199,11 @@ def _evaluate(step: Callable[[PackedBatch], jax.Array], dataset: Dataset, mesh: 
         scores.append(1 / (1 + np.exp(-logits[counted].astype(np.float64))))
         targets.append(np.asarray(batch.target)[counted])
     return agreement(np.concatenate(scores), np.concatenate(targets))
+
+
+def _work_counter(config: Any) -> Callable[[PackedBatch], Work]:
+    """What counts the work of a batch for a backbone with this configuration."""
+    return functools.partial(count_work, window=getattr(config, "window", None), block=config.block)
 
 
 def _flops_formula(config: Any, parts: str) -> Callable[[Work], float] | None:
