@@ -117,6 +117,11 @@ def quick_gelu(x: jax.Array) -> jax.Array:
     return x * jax.nn.sigmoid(jnp.asarray(1.702, x.dtype) * x)
 
 
+def tanh_gelu(x: jax.Array) -> jax.Array:
+    """The GELU with a tanh in place of the error function. Named, so that two models that have it are equal trees."""
+    return jax.nn.gelu(x, approximate=True)
+
+
 def inverse_frequencies(dim: int, theta: float) -> np.ndarray:
     """float32[dim / 2], theta^(-2i / dim)."""
     exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
