@@ -19,11 +19,12 @@ from multitap_jax.backbones import Backbone
 from multitap_jax.backbones.mllama import Mllama, MllamaConfig
 from multitap_jax.backbones.qwen2_5_vl import Qwen25VL, Qwen25VLConfig
 from multitap_jax.backbones.qwen2_vl import Qwen2VL, Qwen2VLConfig
+from multitap_jax.backbones.qwen3_vl import Qwen3VL, Qwen3VLConfig
 from multitap_jax.config import ConfigError
 from multitap_jax.data import chat
 from multitap_jax.data.layouts import GridLayout, ImagePolicy, Layout
 from multitap_jax.data.tiles import TileLayout
-from multitap_jax.weights import mllama, qwen2_5_vl, qwen2_vl
+from multitap_jax.weights import mllama, qwen2_5_vl, qwen2_vl, qwen3_vl
 from multitap_jax.weights.files import FolderError, read_json
 from multitap_jax.weights.mapping import Table
 
@@ -86,6 +87,15 @@ FAMILIES: dict[str, Family] = {
         table=qwen2_5_vl.table,
         chat=chat.QWEN2_VL,
         layout=_qwen_layout,
+        position_modes=("mrope", "flat"),
+    ),
+    "qwen3_vl": Family(
+        config=Qwen3VLConfig.from_hf,
+        model=Qwen3VL,
+        table=qwen3_vl.table,
+        chat=chat.QWEN3_VL,
+        layout=_qwen_layout,
+        image_policy="square:576",  # cells of 32 pixels; the multiple nearest to the official 560
         position_modes=("mrope", "flat"),
     ),
 }

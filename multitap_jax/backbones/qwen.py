@@ -168,13 +168,15 @@ class PatchMerger(nnx.Module):
         norm: Norm,
         *,
         joined: bool = False,
+        stack: int | None = None,
         rngs: nnx.Rngs,
         param_dtype: jnp.dtype,
     ):
         wide = config.size * config.cell
-        self.norm = norm(wide if joined else config.size, param_dtype=param_dtype)
-        self.fc1 = Linear(("vision", "mlp"), (wide, wide), bias=True, rngs=rngs, param_dtype=param_dtype)
-        self.fc2 = Linear(("mlp", "embed"), (wide, hidden), bias=True, rngs=rngs, param_dtype=param_dtype)
+        options: dict[str, Any] = {"bias": True, "rngs": rngs, "param_dtype": param_dtype, "stack": stack}
+        self.norm = norm(wide if joined else config.size, param_dtype=param_dtype, stack=stack)
+        self.fc1 = Linear(("vision", "mlp"), (wide, wide), **options)
+        self.fc2 = Linear(("mlp", "embed"), (wide, hidden), **options)
         self.cell, self.joined = config.cell, joined
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -231,16 +233,17 @@ class Tower(nnx.Module):
 
 
 class QwenVL(Backbone):
-    """A whole encoder: the decoder, and the tower that a family builds."""
+    """A whole encoder, of the tower and the decoder that a family has."""
 
     def __init__(
         self,
         config: QwenConfig,
         tower: Callable[..., Tower],
         *,
+        decoder: Callable[..., Decoder] = Decoder,
         rngs: nnx.Rngs,
         param_dtype: jnp.dtype = jnp.float32,
     ):
-        self.text = Decoder(config.text, rngs=rngs, param_dtype=param_dtype)
+        self.text = decoder(config.text, rngs=rngs, param_dtype=param_dtype)
         self.vision = tower(config.vision, config.text.hidden_size, rngs=rngs, param_dtype=param_dtype)
         self.config = config

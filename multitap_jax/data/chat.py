@@ -1,7 +1,7 @@
 """Chat formats: how each family writes a conversation down. The pieces are those of the published chat templates."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 IMAGE = None  # a part of a message that stands for one image
 Part = str | None
@@ -69,3 +69,7 @@ QWEN2_VL = ChatFormat(
     image="<|vision_start|><|image_pad|><|vision_end|>",
     placeholder="<|image_pad|>",
 )
+
+# Without the standard system message. The published template shows images of user messages alone; the official prompts
+# have them in the assistant's, where they are written the same way here.
+QWEN3_VL = replace(QWEN2_VL, begin="")

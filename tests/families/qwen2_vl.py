@@ -24,11 +24,13 @@ PAIRS = [
 ]
 
 
-def inputs(tokenizer: Any, rendered: str, images: Sequence[Image.Image], **options: Any) -> dict[str, np.ndarray]:
+def inputs(
+    tokenizer: Any, rendered: str, images: Sequence[Image.Image], *, policy: str = POLICY, **options: Any
+) -> dict[str, np.ndarray]:
     """What the Qwen processors give: placeholders repeated for each merged cell of their picture."""
     found: dict[str, np.ndarray] = {}
     if images:
-        least, most = map(int, POLICY.split(":")[1:])
+        least, most = map(int, policy.split(":")[1:])
         processor = Qwen2VLImageProcessorPil(size={"shortest_edge": least, "longest_edge": most}, **options)
         found = dict(processor(images=list(images), return_tensors="np"))
         for cells in found["image_grid_thw"].prod(-1) // 4:

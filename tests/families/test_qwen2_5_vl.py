@@ -46,6 +46,10 @@ def test_states_equal_transformers(model, prompt):
     check_parity(*model, PAIRS, prompt=prompt, image_policy=POLICY)
 
 
+def test_states_without_pictures_equal_transformers(model):
+    check_parity(*model, PAIRS[-1:], image_policy=POLICY)
+
+
 def test_gradients_equal_transformers(model):
     check_parity(*model, PAIRS[:4], gradient=True, image_policy=POLICY)
 
