@@ -8,7 +8,6 @@ tile, W = U rounded up to a multiple of eight, K intermediate states.
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -191,13 +190,12 @@ class VisionLayer(nnx.Module):
     def __init__(self, config: VisionConfig, *, gates: bool, rngs: nnx.Rngs, param_dtype: jnp.dtype):
         stack = config.num_global_layers if gates else config.num_layers
         options: dict[str, Any] = {"param_dtype": param_dtype, "stack": stack}
-        gelu = functools.partial(jax.nn.gelu, approximate=False)
         gate = lambda: nnx.data(param(jnp.zeros((stack, 1), param_dtype), ("layers", None)) if gates else None)
         self.norm1 = LayerNorm(config.size, config.norm_eps, **options)
         self.attention = VisionAttention(config.size, config.num_heads, bias=False, rngs=rngs, **options)
         self.attention_gate = gate()
         self.norm2 = LayerNorm(config.size, config.norm_eps, **options)
-        self.mlp = VisionMLP(config.size, config.intermediate_size, gelu, rngs=rngs, **options)
+        self.mlp = VisionMLP(config.size, config.intermediate_size, _gelu, rngs=rngs, **options)
         self.mlp_gate = gate()
 
     def __call__(self, x: jax.Array, visibility: Visibility) -> jax.Array:
@@ -286,6 +284,10 @@ def _visibility(real: jax.Array, execution: Execution) -> Visibility:
     other = jnp.where(real, 2, 1).astype(jnp.int32)
     queries, keys = Queries(one, other, one), Keys(3 - other, one)
     return make_cross_visibility(queries, keys, backend=execution.attention)
+
+
+def _gelu(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=False)
 
 
 def _through(gate: Any, x: jax.Array) -> jax.Array:
