@@ -22,6 +22,7 @@ class ChatFormat:
       text: a text part, with `{text}`.
       images_first: images of a message come before all of its texts.
       upper_role: roles are written in capitals.
+      opened: the tokenizer puts first tokens of its own (BOS) in front of a conversation.
     """
 
     turn: str
@@ -33,6 +34,7 @@ class ChatFormat:
     text: str = "{text}"
     images_first: bool = False
     upper_role: bool = False
+    opened: bool = False
 
     def render(self, messages: Sequence[Message]) -> str:
         """The conversation as one string, as the chat template gives it without a generation prompt."""
@@ -73,3 +75,25 @@ QWEN2_VL = ChatFormat(
 # Without the standard system message. The published template shows images of user messages alone; the official prompts
 # have them in the assistant's, where they are written the same way here.
 QWEN3_VL = replace(QWEN2_VL, begin="")
+
+# LLaVA-1.5 on Vicuna.
+LLAVA = ChatFormat(
+    turn="{role}: ",
+    close="",
+    image="<image>\n",
+    placeholder="<image>",
+    text="{text} ",
+    images_first=True,
+    upper_role=True,
+    opened=True,
+)
+
+# LLaVA on Qwen2.
+LLAVA_QWEN2 = ChatFormat(
+    turn="<|im_start|>{role} ",
+    close="<|im_end|>",
+    image="<image>",
+    placeholder="<image>",
+    text="\n{text}",
+    images_first=True,
+)

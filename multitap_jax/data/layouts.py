@@ -16,7 +16,13 @@ from multitap_jax.data.decode import ImageError
 Grid = tuple[int, ...]
 
 # kind -> the numbers that follow it
-POLICIES = {"square": ("SIDE",), "native": ("MIN_PIXELS", "MAX_PIXELS"), "tiles": ("MAX_TILES",)}
+POLICIES = {
+    "square": ("SIDE",),
+    "native": ("MIN_PIXELS", "MAX_PIXELS"),
+    "crop": ("SIDE",),
+    "tiles": ("MAX_TILES",),
+    "anyres": ("MAX_TILES",),
+}
 MODES = ("mrope", "flat")
 
 
@@ -29,6 +35,10 @@ class ImagePolicy:
     processor does.
     "tiles:MAX_TILES" keeps the aspect ratio and cuts the picture into at most that many tiles of the model's size, as
     the Llama-3.2-Vision processor does (MAX_TILES = 4).
+    "crop:SIDE" brings the shorter side to SIDE, bicubic, and cuts SIDE x SIDE out of the middle, as the CLIP processor
+    does.
+    "anyres:MAX_TILES" shows a small picture of the whole and up to MAX_TILES tiles of a large one, as LLaVA-OneVision's
+    processor does for a prompt with one picture (there up to 36).
     """
 
     kind: str
@@ -60,12 +70,14 @@ class Layout(ABC):
       patch_size: pixels a side of a patch.
       block: patches of a block of a vision row, and the feature cells that the backbone makes of it; pictures take
         whole blocks.
+      coordinates: numbers that place a patch, the last dimension of `PackedBatch.patch_position`.
       apart: the backbone keeps image features out of the row: an image is one token, which tells where it stands.
     """
 
     policy: ImagePolicy
     patch_size: int
     block: tuple[int, int]
+    coordinates: int = 2
     apart: bool = False
 
     @property
@@ -87,7 +99,7 @@ class Layout(ABC):
 
     @abstractmethod
     def patch_positions(self, grid: Grid) -> np.ndarray:
-        """int32[P, 2], (row, column) of each patch."""
+        """int32[P, coordinates], (row, column) of each patch, or what else `PackedBatch.patch_position` says."""
 
     def real_patches(self, grid: Grid) -> np.ndarray:
         """bool[P]: False where a patch only fills up a block and holds nothing of the picture."""

@@ -112,13 +112,17 @@ def save_backbone(
 def unused_tensors(folder: str | Path) -> dict[str, np.ndarray]:
     """Tensors of a folder that no score needs but other programs load, such as an output embedding of its own.
 
+    Returns:
+      hub key -> tensor.
+
     Raises:
       FolderError: see `families.read_config` and `read_tensors`.
     """
     family, config = read_config(folder)
     table = family.table(config)
     own = {key for key, other in table.unused.items() if other is None or not config.tie_word_embeddings}
-    return {name: tensor for name, tensor in read_tensors(folder).items() if table.canonical(name) in own}
+    found = {table.canonical(name): tensor for name, tensor in read_tensors(folder).items()}
+    return {key: tensor for key, tensor in found.items() if key in own}
 
 
 def _compare_tied(table: Table, names: Mapping[str, str], tensors: Mapping[str, np.ndarray]) -> None:
