@@ -8,7 +8,8 @@ usage: multitap VERB [--flag=value ...]        multitap VERB --help explains a v
   fit        stage 2: fit one ridge head per objective, in closed form, and save them in the checkpoint
   score      score millions of pairs, each exactly once, resumable
   evaluate   compare scores with human judgements: Kendall, Pearson, Spearman with intervals
-  export     write a checkpoint in another layout (artefact, heads alone, official)
+  import     make a checkpoint of the official MULTI-TAP code into an artefact
+  export     write an artefact in another layout (copy, heads alone, official, StableHLO program, vLLM)
 
 The usual way:  train --config=configs/lora.py --workdir=run
                 fit   --checkpoint=run/artefact --input=ratings.jsonl
@@ -25,13 +26,19 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from absl import flags
 
 from multitap_jax.parallel.host import keep_freed_memory
 from multitap_jax.verbs.common import explain
 
-VERBS = ("demo", "train", "embed", "fit", "score", "evaluate", "export")
+VERBS = ("demo", "train", "embed", "fit", "score", "evaluate", "import", "export")
+
+
+def _module(verb: str) -> Any:
+    """The module of a verb; `import` is no name that Python lets a module be imported by."""
+    return importlib.import_module(f"multitap_jax.verbs.{'import_checkpoint' if verb == 'import' else verb}")
 
 
 def parse(verb: str, argv: Sequence[str]) -> flags.FlagValues:
@@ -40,7 +47,7 @@ def parse(verb: str, argv: Sequence[str]) -> flags.FlagValues:
     Raises:
       SystemExit: after printing help (0) or an explanation of what is wrong (2).
     """
-    module = importlib.import_module(f"multitap_jax.verbs.{verb}")
+    module = _module(verb)
     values = flags.FlagValues()
     module.define_flags(values)
     if any(arg in ("--help", "-h", "--helpfull", "-help") for arg in argv):
@@ -83,6 +90,11 @@ def _flag_help(values: flags.FlagValues) -> str:
     )
 
 
+def _asks_for_hub(values: flags.FlagValues) -> bool:
+    """Whether a setting, be it in a config file, names a repository of the hub (`weights/sources.py`)."""
+    return any("hub:" in str(values[name].value) for name in values)
+
+
 def _is_explained(error: Exception) -> bool:
     """Whether the message was written for the user; other runtime errors (a compiler's, say) keep their traceback."""
     return not isinstance(error, RuntimeError) or type(error).__module__.startswith("multitap_jax.")
@@ -115,9 +127,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     values = parse(argv[0], argv[1:])
     # Absent settings must not reach out to a model hub; a user who wants that says so by name.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if not _asks_for_hub(values):
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
     keep_freed_memory()
-    module = importlib.import_module(f"multitap_jax.verbs.{argv[0]}")
+    module = _module(argv[0])
     try:
         return int(module.run(values) or 0)
     except KeyboardInterrupt:

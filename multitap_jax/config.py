@@ -52,7 +52,7 @@ class ModelConfig:
     """Which backbone and how it is computed.
 
     Attributes:
-      checkpoint: folder of a Hugging Face model or of a multitap artefact.
+      checkpoint: folder of a Hugging Face model or of a multitap artefact; hub:OWNER/NAME[@REVISION] fetches one.
       dtype: computation type, "bfloat16" or "float32"; master weights are always float32.
       remat: what the backward pass recomputes: "none", "dots" (keep matrix products), "full" (keep layer inputs only).
       attention: attention backend, see `backbones/attention.py`.

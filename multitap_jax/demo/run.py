@@ -21,7 +21,7 @@ from multitap_jax.demo.texts import vocabulary_sample
 from multitap_jax.demo.world import WorldPaths, build_world
 from multitap_jax.reward import RewardHead, RewardModel
 from multitap_jax.scoring.artefact import Artefact
-from multitap_jax.scoring.export import export_heads, export_official
+from multitap_jax.scoring.exports import export_heads, export_official
 from multitap_jax.scoring.job import score_file
 from multitap_jax.scoring.scorer import Scorer
 from multitap_jax.stage1.run import run_training

@@ -30,6 +30,7 @@ from multitap_jax.stage1.rejects import FLAGS, Rejects
 from multitap_jax.stage1.train import CHECKPOINTS, TrainResult, train
 from multitap_jax.stage1.trainable import add_lora, merge_lora
 from multitap_jax.weights.hub import load_backbone
+from multitap_jax.weights.sources import locate
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,8 @@ def _run(config: TrainConfig, workdir: Path, console: Console) -> RunResult:
     if not config.model.checkpoint or not config.data.train:
         missing = "model.checkpoint" if not config.model.checkpoint else "data.train"
         raise ConfigError(f"config.{missing} is empty; give it as --config.{missing}=PATH")
-    base = Path(config.model.checkpoint)
-    if not base.is_dir():
-        raise ConfigError(
-            f"config.model.checkpoint = {base}: no such folder. Nothing is fetched unasked: download the weights "
-            "first, for instance with `hf download Qwen/Qwen2-VL-2B-Instruct --local-dir Qwen2-VL-2B-Instruct`; "
-            "`multitap demo` leaves a tiny model in demo_run/base"
-        )
+    checkpoint = locate(config.model.checkpoint)
+    base = checkpoint.folder
     mesh = make_mesh(config.mesh)
     processing = Processing.from_folder(base, _contract(config, base))
     rejects = Rejects(
@@ -105,7 +101,8 @@ def _run(config: TrainConfig, workdir: Path, console: Console) -> RunResult:
         base=base,
         contract=processing.contract,
         overall=Overall(target=config.data.target, target_range=config.data.target_range),
-        source=base.name,
+        source=checkpoint.name,
+        revision=checkpoint.revision,
         provenance=provenance,
         overwrite=True,
     )
