@@ -150,7 +150,10 @@ def test_the_demo_runs_and_goes_on_where_it_stopped(tmp_path, capsys):
     assert again == seconds
     with pytest.raises(ValueError, match="other settings|holds a demo"):
         run_demo(tmp_path, scenes=11, caption_steps=2, epochs=1)
-    capsys.readouterr()
+    shown = capsys.readouterr().out.splitlines()
+    rows = {name: row for row in shown for name in ("untrained", "safety") if row.strip().startswith(name)}
+    assert "%" in rows["safety"]
+    assert "%" not in rows["untrained"]  # half a point of a score from 0 to 1 says nothing
 
 
 def test_the_demo_leaves_the_folders_of_others_alone(tmp_path, capsys):
