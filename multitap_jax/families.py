@@ -13,17 +13,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from PIL import Image
 
 from multitap_jax.backbones import Backbone
 from multitap_jax.backbones.llava import Llava, LlavaConfig
 from multitap_jax.backbones.llava_onevision import LlavaOnevision, LlavaOnevisionConfig
+from multitap_jax.backbones.mllama import Mllama, MllamaConfig
+from multitap_jax.backbones.qwen2_5_vl import Qwen25VL, Qwen25VLConfig
 from multitap_jax.backbones.qwen2_vl import Qwen2VL, Qwen2VLConfig
+from multitap_jax.backbones.qwen3_vl import Qwen3VL, Qwen3VLConfig
 from multitap_jax.config import ConfigError
 from multitap_jax.data import chat
 from multitap_jax.data.anyres import AnyresLayout
 from multitap_jax.data.layouts import GridLayout, ImagePolicy, Layout
+from multitap_jax.data.tiles import TileLayout
 from multitap_jax.data.views import ViewLayout
-from multitap_jax.weights import llava, llava_onevision, qwen2_vl
+from multitap_jax.weights import llava, llava_onevision, mllama, qwen2_5_vl, qwen2_vl, qwen3_vl
 from multitap_jax.weights.files import FolderError, read_json
 from multitap_jax.weights.mapping import Table
 
@@ -61,6 +66,11 @@ def _qwen_layout(config: Any, policy: ImagePolicy) -> Layout:
     return GridLayout(policy, config.vision.pixels.patch_size, config.vision.merge_size)
 
 
+def _tile_layout(config: Any, policy: ImagePolicy) -> Layout:
+    v = config.vision
+    return TileLayout(policy, v.image_size, v.max_num_tiles, v.pixels.patch_size, Image.Resampling(v.resample))
+
+
 def _llava_layout(config: Any, policy: ImagePolicy) -> Layout:
     return ViewLayout(policy, config.vision.pixels.patch_size, config.vision.image_size)
 
@@ -76,12 +86,36 @@ def _llava_entries(config: Any) -> Mapping[str, Any]:
 
 
 FAMILIES: dict[str, Family] = {
+    "mllama": Family(
+        config=MllamaConfig.from_hf,
+        model=Mllama,
+        table=mllama.table,
+        chat=chat.LLAMA32_VISION,
+        layout=_tile_layout,
+    ),
     "qwen2_vl": Family(
         config=Qwen2VLConfig.from_hf,
         model=Qwen2VL,
         table=qwen2_vl.table,
         chat=chat.QWEN2_VL,
         layout=_qwen_layout,
+        position_modes=("mrope", "flat"),
+    ),
+    "qwen2_5_vl": Family(
+        config=Qwen25VLConfig.from_hf,
+        model=Qwen25VL,
+        table=qwen2_5_vl.table,
+        chat=chat.QWEN2_VL,
+        layout=_qwen_layout,
+        position_modes=("mrope", "flat"),
+    ),
+    "qwen3_vl": Family(
+        config=Qwen3VLConfig.from_hf,
+        model=Qwen3VL,
+        table=qwen3_vl.table,
+        chat=chat.QWEN3_VL,
+        layout=_qwen_layout,
+        image_policy="square:576",  # cells of 32 pixels; the multiple nearest to the official 560
         position_modes=("mrope", "flat"),
     ),
     "llava": Family(

@@ -6,8 +6,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +31,26 @@ def file_hash(path: Path) -> str:
 
 
 def tensor_hash(tensors: Mapping[str, np.ndarray]) -> str:
-    """sha256 (hex) over the name, type, shape and bytes of every tensor, whatever files they are in.
-
-    Mapped tensors (`weights.files.read_tensors`) are never in memory as a whole; several are hashed at a time, since
-    hashlib lets go of the interpreter lock.
-    """
+    """sha256 (hex) over the name, type, shape and bytes of every tensor, whatever their order or files."""
 
     def digest(name: str) -> list[Any]:
         data = np.ascontiguousarray(tensors[name])
-        return [name, data.dtype.name, data.shape, hashlib.sha256(data.reshape(-1).view(np.uint8).data).hexdigest()]
+        return tensor_digest(name, data.dtype, tensors[name].shape, [data.reshape(-1).view(np.uint8)])
 
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        return canonical_hash(list(pool.map(digest, sorted(tensors))))
+    return combined_hash(map(digest, tensors))
+
+
+def tensor_digest(name: str, dtype: np.dtype, shape: Sequence[int], parts: Iterable[np.ndarray]) -> list[Any]:
+    """Name, type, shape and sha256 (hex) of one tensor whose bytes come in parts, uint8; lets go of the interpreter."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part.data)
+    return [name, dtype.name, tuple(shape), found.hexdigest()]
+
+
+def combined_hash(digests: Iterable[list[Any]]) -> str:
+    """`tensor_hash` of the tensors with these `tensor_digest`s."""
+    return canonical_hash(sorted(digests))
 
 
 def sync_folder(folder: Path) -> None:
@@ -95,7 +102,10 @@ def sole_writer(folder: Path) -> Iterator[None]:
 
     Raises:
       FolderInUseError: another process holds it.
+      NotADirectoryError: a file has its name.
     """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder}: is a file, and a folder is written here; choose another name")
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:

@@ -14,8 +14,8 @@ from safetensors.numpy import save_file
 
 from multitap_jax.backbones.vision import CLIP_MEAN, CLIP_STD
 from multitap_jax.batch import PackedBatch
-from multitap_jax.families import from_config
-from multitap_jax.weights.hub import export_tensors
+from multitap_jax.families import from_config, weight_table
+from multitap_jax.weights.mapping import named_params, plan
 from tests.families.common import random_torch_model, random_weight
 
 IMAGE = 151
@@ -75,7 +75,8 @@ def write_folder(folder: Path, config: dict, seed: int = 0) -> Path:
     """A checkpoint with the weights of `torch_model(config, seed)` under published names, written without torch."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    shapes = {name: value.shape for name, value in export_tensors(from_config(config, rngs=nnx.Rngs(0)))}
+    model = nnx.eval_shape(lambda: from_config(config, rngs=nnx.Rngs(0)))
+    shapes = {slot.key: slot.shape for slot in plan(weight_table(model), named_params(model))}
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (config["vocab_size"], config["hidden_size"])
     save_file({name: random_weight(name, shape, seed) for name, shape in shapes.items()}, folder / "model.safetensors")

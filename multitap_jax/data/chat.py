@@ -1,7 +1,7 @@
 """Chat formats: how each family writes a conversation down. The pieces are those of the published chat templates."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 IMAGE = None  # a part of a message that stands for one image
 Part = str | None
@@ -49,6 +49,21 @@ class ChatFormat:
         return "".join(out)
 
 
+_LLAMA_TURN = "<|start_header_id|>{role}<|end_header_id|>\n\n"
+
+# The standard system message goes with texts only; the date is the template's own where nobody gives one.
+LLAMA32_VISION = ChatFormat(
+    begin="<|begin_of_text|>",
+    begin_text="<|begin_of_text|>"
+    + _LLAMA_TURN.replace("{role}", "system")
+    + "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n<|eot_id|>",
+    turn=_LLAMA_TURN,
+    close="<|eot_id|>",
+    image="<|image|>",
+    placeholder="<|image|>",
+)
+
+# Also that of Qwen2.5-VL, whose published template is the same.
 QWEN2_VL = ChatFormat(
     begin="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
     turn="<|im_start|>{role}\n",
@@ -56,6 +71,10 @@ QWEN2_VL = ChatFormat(
     image="<|vision_start|><|image_pad|><|vision_end|>",
     placeholder="<|image_pad|>",
 )
+
+# Without the standard system message. The published template shows images of user messages alone; the official prompts
+# have them in the assistant's, where they are written the same way here.
+QWEN3_VL = replace(QWEN2_VL, begin="")
 
 # LLaVA-1.5 on Vicuna.
 LLAVA = ChatFormat(

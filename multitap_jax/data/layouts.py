@@ -20,6 +20,7 @@ POLICIES = {
     "square": ("SIDE",),
     "native": ("MIN_PIXELS", "MAX_PIXELS"),
     "crop": ("SIDE",),
+    "tiles": ("MAX_TILES",),
     "anyres": ("MAX_TILES",),
 }
 MODES = ("mrope", "flat")
@@ -32,6 +33,8 @@ class ImagePolicy:
     "square:SIDE" stretches every picture to SIDE x SIDE, bicubic, as the official evaluation does (SIDE = 560).
     "native:MIN_PIXELS:MAX_PIXELS" keeps the aspect ratio and the number of pixels within bounds, as the Qwen2-VL
     processor does.
+    "tiles:MAX_TILES" keeps the aspect ratio and cuts the picture into at most that many tiles of the model's size, as
+    the Llama-3.2-Vision processor does (MAX_TILES = 4).
     "crop:SIDE" brings the shorter side to SIDE, bicubic, and cuts SIDE x SIDE out of the middle, as the CLIP processor
     does.
     "anyres:MAX_TILES" shows a small picture of the whole and up to MAX_TILES tiles of a large one, as LLaVA-OneVision's
@@ -43,7 +46,7 @@ class ImagePolicy:
 
     @classmethod
     def parse(cls, text: str) -> "ImagePolicy":
-        """Reads "square:560" or "native:3136:1003520". Raises ImageError naming the text and the forms."""
+        """Reads "square:560", "native:3136:1003520" or "tiles:4". Raises ImageError naming the text and the forms."""
         kind, *numbers = text.split(":")
         if all(number.isascii() and number.isdigit() and int(number) > 0 for number in numbers):
             values = tuple(int(number) for number in numbers)
@@ -52,7 +55,7 @@ class ImagePolicy:
         forms = " or ".join(":".join((kind, *names)) for kind, names in POLICIES.items())
         raise ImageError(
             f"image policy {text!r} is not known: write {forms}, with whole numbers from 1 on and MIN_PIXELS <= "
-            "MAX_PIXELS (for example square:560, native:3136:1003520)"
+            "MAX_PIXELS (for example square:560, native:3136:1003520, tiles:4)"
         )
 
     def __str__(self) -> str:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from multitap_jax.data.chat import IMAGE, QWEN2_VL, ChatFormat, Message
+from multitap_jax.parallel.host import hush_transformers
 
 DEFAULT_REQUEST = "Describe this image."
 VARIANTS = ("official-train", "official-eval", "official-stage2")
@@ -52,6 +53,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     Raises:
       FileNotFoundError: if the folder holds no tokenizer.
     """
+    hush_transformers()
     from transformers import AutoTokenizer
 
     folder = Path(folder)

@@ -21,7 +21,7 @@ from multitap_jax.demo.texts import vocabulary_sample
 from multitap_jax.demo.world import WorldPaths, build_world
 from multitap_jax.reward import RewardHead, RewardModel
 from multitap_jax.scoring.artefact import Artefact
-from multitap_jax.scoring.export import export_heads, export_official
+from multitap_jax.scoring.exports import export_heads, export_official
 from multitap_jax.scoring.job import score_file
 from multitap_jax.scoring.scorer import Scorer
 from multitap_jax.stage1.run import run_training
@@ -50,13 +50,19 @@ class Demo:
         return self.workdir / "phases.json"
 
     def start(self) -> None:
-        """Reads what is finished; refuses a folder of other settings.
+        """Reads what is finished; refuses a folder of other settings, or of somebody else.
 
         Raises:
-          ValueError: if the folder holds a demo with other settings.
+          ValueError: if the folder holds a demo with other settings, or something else.
         """
         self.workdir.mkdir(parents=True, exist_ok=True)
         if not self._journal.is_file():
+            if any(self.workdir.iterdir()):
+                raise ValueError(
+                    f"{self.workdir}: is not empty and holds no demo, so nothing is written into it; choose another "
+                    "--workdir"
+                )
+            self._save()
             return
         saved = json.loads(self._journal.read_text())
         if saved["settings"] != self.settings:
@@ -75,7 +81,10 @@ class Demo:
         yield todo
         if todo:
             self.seconds[name] = time.perf_counter() - start
-            self._journal.write_text(json.dumps({"settings": self.settings, "seconds": self.seconds}))
+            self._save()
+
+    def _save(self) -> None:
+        self._journal.write_text(json.dumps({"settings": self.settings, "seconds": self.seconds}))
 
 
 def run_demo(

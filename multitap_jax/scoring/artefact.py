@@ -6,7 +6,6 @@ and what it says about itself is checked when it is read.
 """
 
 import dataclasses
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,44 +16,33 @@ import numpy as np
 from safetensors.numpy import save as tensors_to_bytes
 
 from multitap_jax.data.processing import Contract
-from multitap_jax.families import abstract_backbone
-from multitap_jax.files import (
-    file_hash,
-    json_bytes,
-    new_folder,
-    tensor_hash,
-    write_atomic,
-)
+from multitap_jax.files import file_hash, json_bytes, write_atomic
 from multitap_jax.reward import RewardHead, RewardModel
 from multitap_jax.scoring.manifest import (
     HEADS,
     MANIFEST,
     ArtefactError,
-    BackboneSource,
-    Hashes,
     Manifest,
     Objective,
     Overall,
-    check_objectives,
     read_manifest,
 )
-from multitap_jax.stage2.head import RidgeHead
-from multitap_jax.weights.files import read_file, read_json, read_tensors
-from multitap_jax.weights.hub import load_backbone, save_backbone, unused_tensors
-
-CONFIG = "config.json"
-# What a tokenizer or an image processor is made of; never code.
-COMPANIONS = (
-    "tokenizer*.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template.*",
-    "*processor_config.json",
-    "generation_config.json",
+from multitap_jax.scoring.saving import (
+    CONFIG,
+    Contents,
+    check_same_model,
+    checked_objectives,
+    head_arrays,
+    hidden_size,
+    read_config_json,
+    write_artefact,
 )
+from multitap_jax.stage2.head import RidgeHead
+from multitap_jax.weights.files import stored_tensors
+from multitap_jax.weights.hashing import ReadAlong, file_tensor_hash, folder_hash
+from multitap_jax.weights.hub import load_backbone, save_backbone, unused_tensors
+from multitap_jax.weights.sources import local_folder
+from multitap_jax.weights.stored import read_header
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,16 +75,19 @@ class Artefact:
     @property
     def hidden_size(self) -> int:
         """H of the backbone."""
-        return hidden_size(_read_config(self.folder))
+        return hidden_size(read_config_json(self.folder))
 
     @classmethod
     def open(cls, folder: str | Path) -> "Artefact":
         """Reads the manifest and checks the files beside it against their hashes; weights are left alone.
 
+        `folder` may name a repository of the hub, hub:OWNER/NAME (`weights/sources.py`).
+
         Raises:
+          SourceError: the hub's repository is not to be had.
           ArtefactError: no artefact, or one that was edited, cut off, or made by a newer version.
         """
-        folder = Path(folder)
+        folder = local_folder(folder)
         _check_is_artefact(folder)
         manifest = read_manifest(folder)
         wrong = [
@@ -146,29 +137,24 @@ class Artefact:
           ArtefactError: `base` describes another model; ridge head and objectives do not fit each other; NaN in a head.
         """
         base = Path(base)
-        config = _read_config(base)
-        _check_same_model(model, base)
-        with new_folder(Path(folder), replaceable=lambda old: overwrite and (old / MANIFEST).is_file()) as new:
+        check_same_model(model, base)
+
+        def write_weights(new: Path) -> None:
             save_backbone(model.backbone, new, dtype=dtype, extra=unused_tensors(base))
-            (new / CONFIG).write_bytes(json_bytes(config))
-            for path in companion_files(base):
-                shutil.copyfile(path, new / path.name)
-            (new / HEADS).write_bytes(tensors_to_bytes(_head_arrays(model.head, ridge)))
-            manifest = Manifest(
-                contract=contract,
-                overall=overall or Overall(),
-                objectives=_checked_objectives(ridge, objectives),
-                ridge=ridge.metadata() if ridge is not None else None,
-                backbone=BackboneSource(config["model_type"], source or base.name, revision),
-                hashes=Hashes(
-                    model=tensor_hash(read_tensors(new)),
-                    heads=tensor_hash(read_file(new / HEADS)),
-                    files={path.name: file_hash(path) for path in [new / CONFIG, *companion_files(new)]},
-                ),
-                provenance=dict(provenance or {}),
-            )
-            (new / MANIFEST).write_bytes(json_bytes(manifest.to_json()))
-        return cls(Path(folder), manifest)
+
+        contents = Contents(
+            head=model.head,
+            ridge=ridge,
+            objectives=objectives,
+            config=base,
+            companions=base,
+            contract=contract,
+            overall=overall or Overall(),
+            source=source or base.name,
+            revision=revision,
+            provenance=provenance or {},
+        )
+        return cls(Path(folder), write_artefact(Path(folder), contents, write_weights, overwrite=overwrite))
 
     @classmethod
     def load(
@@ -185,7 +171,7 @@ class Artefact:
           folder: an artefact.
           param_dtype: of the backbone's parameters in memory; heads are float32 always.
           shardings: where the backbone's parameters go, as `load_backbone` takes it.
-          verify_weights: compare the weights with their hash (a second pass over files that are then in memory).
+          verify_weights: compare the weights with their hash, taken while they are read.
 
         Raises:
           ArtefactError: not an artefact, edited, cut off, of a newer format.
@@ -193,19 +179,26 @@ class Artefact:
         """
         artefact = cls.open(folder)
         head, ridge = artefact.load_heads()
-        backbone = load_backbone(artefact.folder, param_dtype=param_dtype, shardings=shardings)
-        if verify_weights:
+        # A process of several reads only its own part of the weights, so there the hash takes a pass of its own.
+        along = ReadAlong(artefact.folder) if verify_weights and jax.process_count() == 1 else None
+        backbone = load_backbone(artefact.folder, param_dtype=param_dtype, shardings=shardings, on_read=along)
+        if along is not None:
+            artefact._check_model_hash(along.result())
+        elif verify_weights:
             artefact.verify()
         return artefact, RewardModel(backbone, head), ridge
 
     def verify(self) -> "Artefact":
         """Itself, after reading all weights and comparing them with their hash; raises ArtefactError."""
-        if tensor_hash(read_tensors(self.folder)) != self.model_hash:
+        self._check_model_hash(folder_hash(self.folder))
+        return self
+
+    def _check_model_hash(self, found: str) -> None:
+        if found != self.model_hash:
             raise ArtefactError(
                 f"{self.folder}: the weights in model*.safetensors are not those that were saved; restore them from "
                 "the original artefact, or save them as a new one with Artefact.save"
             )
-        return self
 
     def heads_file(self) -> Path:
         """The file whose tensors are the heads the manifest speaks of; raises ArtefactError where none is."""
@@ -227,8 +220,8 @@ class Artefact:
     def head_arrays(self) -> dict[str, np.ndarray]:
         """reward_head.weight float32[1, H], .bias [1]; if fitted, ridge.coef float32[T, H], .intercept, .alpha [T]."""
         path = self.heads_file()
-        arrays = {name: np.array(tensor) for name, tensor in read_file(path).items()}
-        hidden = hidden_size(_read_config(self.folder))
+        arrays = {name: tensor.read() for name, tensor in read_header(path).items()}
+        hidden = hidden_size(read_config_json(self.folder))
         targets = len(self.manifest.objectives)
         expected = {"reward_head.weight": (1, hidden), "reward_head.bias": (1,)}
         if self.manifest.ridge is not None:
@@ -249,96 +242,41 @@ class Artefact:
         the manifest, replaced in one step, asks for them.
         """
         reward, _ = self.load_heads()
-        data = tensors_to_bytes(_head_arrays(reward, head))
+        data = tensors_to_bytes(head_arrays(reward, head))
         waiting = _waiting(self.folder)
         write_atomic(waiting, data)
         manifest = dataclasses.replace(
             self.manifest,
-            objectives=_checked_objectives(head, objectives),
+            objectives=checked_objectives(head, objectives),
             ridge=head.metadata(),
-            hashes=dataclasses.replace(self.manifest.hashes, heads=tensor_hash(read_file(waiting))),
+            hashes=dataclasses.replace(self.manifest.hashes, heads=file_tensor_hash(waiting)),
         )
         write_atomic(self.folder / MANIFEST, json_bytes(manifest.to_json()))
         waiting.replace(self.folder / HEADS)
         return Artefact(self.folder, manifest)
 
 
-def hidden_size(config: Mapping[str, Any]) -> int:
-    """H of a Hugging Face config, whose text part may stand in a section of its own."""
-    return int({**config, **config.get("text_config", {})}["hidden_size"])
-
-
-def companion_files(folder: Path) -> list[Path]:
-    """Tokenizer, processor and generation files of a model folder, sorted by name."""
-    return sorted({path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()})
-
-
 def _check_is_artefact(folder: Path) -> None:
     if (folder / MANIFEST).is_file():
         return
     if not folder.is_dir():
-        raise ArtefactError(f"{folder}: no such folder; give the folder of a saved model")
+        raise ArtefactError(
+            f"{folder}: no such folder; give that of a saved model, as `multitap train` leaves in artefact/"
+        )
     if not (folder / CONFIG).is_file():
         raise ArtefactError(
             f"{folder}: neither {MANIFEST} nor {CONFIG} is here, so this is no saved model; give the folder that "
             "training or an export wrote"
         )
-    if any(name.startswith(("backbone_model.", "reward_head.")) for name in read_tensors(folder)):
+    if any(name.startswith(("backbone_model.", "reward_head.")) for name in stored_tensors(folder)):
         raise ArtefactError(
             f"{folder}: weights in the official layout, without {MANIFEST}; turn them into an artefact first: "
-            "multitap_jax.scoring.import_official(folder, out)"
+            f"multitap import --checkpoint={folder} --base=FOLDER_OF_THE_BACKBONE --output=ARTEFACT"
         )
     raise ArtefactError(
         f"{folder}: a backbone without a reward head ({MANIFEST} is not here), so it cannot score. Train one: "
         f"multitap train --config=configs/official.py --config.model.checkpoint={folder}"
     )
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    config = read_json(folder / CONFIG)
-    if "model_type" not in config:
-        raise ArtefactError(f"{folder / CONFIG}: model_type is missing; restore the file")
-    return config
-
-
-def _check_same_model(model: RewardModel, base: Path) -> None:
-    described = abstract_backbone(base)
-    given, expected = (
-        (jax.tree.structure(tree), [leaf.shape for leaf in jax.tree.leaves(tree)])
-        for tree in (model.backbone, described)
-    )
-    if given != expected:
-        raise ArtefactError(
-            f"{base / CONFIG}: describes another model than the one to be saved, which could not be loaded again; give "
-            "the folder that the backbone was loaded from as base"
-        )
-
-
-def _head_arrays(head: RewardHead, ridge: RidgeHead | None) -> dict[str, np.ndarray]:
-    arrays = {
-        "reward_head.weight": np.asarray(head.weight[...], np.float32)[None, :],
-        "reward_head.bias": np.asarray(head.bias[...], np.float32)[None],
-    }
-    if ridge is not None:
-        arrays |= {name: np.ascontiguousarray(array) for name, array in ridge.to_arrays().items()}
-    unusable = [name for name, array in arrays.items() if not np.isfinite(array).all()]
-    if unusable:
-        raise ArtefactError(f"NaN or infinity in {', '.join(unusable)}: not saved; look at the end of the training log")
-    return arrays
-
-
-def _checked_objectives(ridge: RidgeHead | None, objectives: Sequence[Objective]) -> tuple[Objective, ...]:
-    """The objectives, checked against the heads they describe, with the penalties the heads were fitted with."""
-    heads = () if ridge is None else tuple(ridge.objective_names_)
-    names = tuple(objective.name for objective in objectives)
-    if heads != names:
-        raise ArtefactError(
-            f"ridge heads of {heads}, but objectives {names} describe them; give one for each, in order"
-        )
-    check_objectives(objectives)
-    alphas = () if ridge is None else tuple(float(alpha) for alpha in ridge.alpha_)
-    pairs = zip(objectives, alphas, strict=True)
-    return tuple(dataclasses.replace(objective, alpha=alpha) for objective, alpha in pairs)
 
 
 def _waiting(folder: Path) -> Path:
@@ -353,7 +291,7 @@ def _heads_file(folder: Path, stated: str) -> Path:
             f"{folder / HEADS}: not here, and no head is ever random; restore it from the original artefact"
         )
     for path in present:
-        if tensor_hash(read_file(path)) == stated:
+        if file_tensor_hash(path) == stated:
             return path
     raise ArtefactError(
         f"{folder / HEADS}: was edited or damaged (its sha256 is not that of {MANIFEST}); restore it from the original "

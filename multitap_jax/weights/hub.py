@@ -1,6 +1,5 @@
 """Backbones from and to folders with the hub's tensor names, one tensor in memory at a time."""
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,27 +8,39 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Sharding
 
 from multitap_jax.backbones import Backbone
 from multitap_jax.families import abstract_backbone, read_config, weight_table
-from multitap_jax.weights.files import read_tensors, write_folder
+from multitap_jax.weights.files import read_json, stored_tensors
+from multitap_jax.weights.fill import fill
 from multitap_jax.weights.mapping import Slot, Table, WeightError, match, named_params, plan
+from multitap_jax.weights.misfit import size_entries
+from multitap_jax.weights.stored import Stored
+from multitap_jax.weights.writer import write_folder
 
 
 def load_backbone(
-    folder: str | Path, *, param_dtype: Any = jnp.float32, shardings: Any = None, prefix: str = ""
+    folder: str | Path,
+    *,
+    param_dtype: Any = jnp.float32,
+    shardings: Any = None,
+    prefix: str = "",
+    on_read: Callable[[Stored, np.ndarray], None] | None = None,
 ) -> Backbone:
     """Builds the backbone of a checkpoint folder; every parameter comes from the files, none from a random source.
+
+    Each tensor is read once, straight into its place: beside the parameters there is one tensor in memory.
 
     Args:
       folder: holds `config.json` and `model*.safetensors` in any of the three spellings of keys.
       param_dtype: type of the parameters.
       shardings: one `jax.sharding.Sharding` for all parameters, a pytree of them shaped like the module, or a function
         from the abstract module to such a pytree; None puts everything on the default device. Each process reads only
-        the slices that its devices hold.
+        the rows of tensors that its devices hold.
       prefix: what the backbone's names start with in the files, such as "backbone_model."; names that do not start so
-        are left alone (`read_tensors` gives them).
+        are left alone (`files.stored_tensors` gives them).
+      on_read: is given every tensor of the backbone as it is read, whole, whatever the shardings; must not change it.
 
     Raises:
       FolderError: a file is missing or broken, or the architecture is not implemented.
@@ -37,23 +48,48 @@ def load_backbone(
         the token table.
     """
     model: Any = abstract_backbone(folder, param_dtype=param_dtype)
-    table, params = weight_table(model), named_params(model)
-    tensors = read_tensors(folder)
-    slots = plan(table, params)
-    try:
-        names = match(table, slots, tensors, tied=model.config.tie_word_embeddings, prefix=prefix)
-        _compare_tied(table, names, tensors)
-    except WeightError as error:
-        raise WeightError(f"{folder}: {error}") from None
+    params, tensors = named_params(model), backbone_tensors(folder, prefix=prefix)
     targets = dict(zip(params, _sharding_leaves(model, shardings), strict=True))
     by_path: dict[str, list[Slot]] = {}
-    for slot in slots:
+    for slot in plan(weight_table(model), params):
         by_path.setdefault(slot.path, []).append(slot)
     arrays = []
     for path, leaf in params.items():
-        sources = [tensors[names[slot.key]] for slot in by_path[path]]
-        arrays.append(_fill(leaf, by_path[path], sources, targets[path]))
+        sources = [tensors[slot.key] for slot in by_path[path]]
+        arrays.append(fill(leaf, by_path[path], sources, targets[path], on_read))
     return jax.tree.unflatten(jax.tree.structure(model), arrays)
+
+
+def backbone_tensors(
+    folder: str | Path, *, config_folder: str | Path | None = None, prefix: str = ""
+) -> dict[str, Stored]:
+    """Hub key -> tensor of the backbone in a folder, checked against the configuration; only headers are read.
+
+    An output embedding of its own is among them, one that is tied to the token table is not.
+
+    Args:
+      folder: holds `model*.safetensors` in any of the spellings of keys.
+      config_folder: holds `config.json`; None is `folder` itself.
+      prefix: see `load_backbone`.
+
+    Raises:
+      FolderError, WeightError: see `load_backbone`.
+    """
+    config_folder = folder if config_folder is None else config_folder
+    model = abstract_backbone(config_folder)
+    table, tensors = weight_table(model), stored_tensors(folder)
+    slots, tied = plan(table, named_params(model)), model.config.tie_word_embeddings
+    hf_config = read_json(Path(config_folder) / "config.json")
+    try:
+        if "quantization_config" in hf_config:
+            raise WeightError("config.json has a quantization_config; quantised weights are not read, take the others")
+        names = match(table, slots, tensors, tied=tied, prefix=prefix, entries=size_entries(hf_config))
+        if tied:
+            _compare_tied(table, names, tensors)
+    except WeightError as error:
+        raise WeightError(f"{folder}: {error}") from None
+    twins = [key for key, other in table.unused.items() if tied and other is not None]
+    return {key: tensors[name] for key, name in names.items() if key not in twins}
 
 
 def export_tensors(model: Any, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
@@ -75,7 +111,7 @@ def save_backbone(
     *,
     dtype: Any = None,
     prefix: str = "",
-    extra: Mapping[str, np.ndarray] | None = None,
+    extra: Mapping[str, np.ndarray | Stored] | None = None,
     max_shard_bytes: int = 5 << 30,
 ) -> None:
     """Writes the weights under hub names, as one safetensors file or as shards with an index; each file is atomic.
@@ -102,34 +138,41 @@ def save_backbone(
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         for name, tensor in export_tensors(model, prefix):
             yield name, tensor.astype(headers[name][1], copy=False)
-        yield from extra.items()
+        for name, value in extra.items():
+            yield name, value.read() if isinstance(value, Stored) else value
 
     write_folder(
         Path(folder), headers | {name: (t.shape, t.dtype) for name, t in extra.items()}, tensors(), max_shard_bytes
     )
 
 
-def unused_tensors(folder: str | Path) -> dict[str, np.ndarray]:
+def unused_tensors(folder: str | Path) -> dict[str, Stored]:
     """Tensors of a folder that no score needs but other programs load, such as an output embedding of its own.
 
     Returns:
       hub key -> tensor.
 
     Raises:
-      FolderError: see `families.read_config` and `read_tensors`.
+      FolderError: see `families.read_config` and `files.stored_tensors`.
     """
     family, config = read_config(folder)
     table = family.table(config)
     own = {key for key, other in table.unused.items() if other is None or not config.tie_word_embeddings}
-    found = {table.canonical(name): tensor for name, tensor in read_tensors(folder).items()}
-    return {key: tensor for key, tensor in found.items() if key in own}
+    tensors = {table.canonical(name): tensor for name, tensor in stored_tensors(folder).items()}
+    return {key: tensor for key, tensor in tensors.items() if key in own}
 
 
-def _compare_tied(table: Table, names: Mapping[str, str], tensors: Mapping[str, np.ndarray]) -> None:
+def _compare_tied(table: Table, names: Mapping[str, str], tensors: Mapping[str, Stored]) -> None:
+    """Compares what must be one tensor, a part at a time; files that hold it twice are the exception."""
     for key, other in table.unused.items():
-        if key in names and other is not None and not np.array_equal(tensors[names[key]], tensors[names[other]]):
+        if other is None or key not in names or names[key] == names[other]:
+            continue
+        one, two = tensors[names[key]], tensors[names[other]]
+        same = one.shape == two.shape and one.dtype == two.dtype
+        if not same or any(not np.array_equal(a, b) for a, b in zip(one.parts(), two.parts(), strict=True)):
             raise WeightError(
-                f"{names[key]} differs from {names[other]}, but tie_word_embeddings is true: they must be one tensor"
+                f"{names[key]} differs from {names[other]}, but tie_word_embeddings is true: they must be one tensor. "
+                "If the model has an output embedding of its own, config.json must say tie_word_embeddings: false"
             )
 
 
@@ -143,48 +186,3 @@ def _sharding_leaves(model: nnx.Module, shardings: Any) -> list[Sharding | None]
     if len(leaves) != count:
         raise ValueError(f"shardings has {len(leaves)} leaves, the model has {count} parameters")
     return leaves
-
-
-def _fill(leaf: Any, slots: list[Slot], sources: list[np.ndarray], sharding: Sharding | None) -> jax.Array:
-    """The parameter made of `sources`; only one source at a time is on its way to the devices."""
-    if slots[0].layer is None:
-        raw = _place(sources[0], slots[0], sharding)
-        return _permute(raw, axes=slots[0].axes, dtype=leaf.dtype, sharding=sharding)
-    stack = _zeros(shape=leaf.shape, dtype=leaf.dtype, sharding=sharding)
-    for slot, source in zip(slots, sources, strict=True):
-        raw = _place(source, slot, sharding)
-        stack = _set_layer(stack, raw, np.asarray(slot.layer, np.int32), axes=slot.axes, sharding=sharding)
-        stack.block_until_ready()
-    return stack
-
-
-def _place(source: np.ndarray, slot: Slot, sharding: Sharding | None) -> jax.Array:
-    """Puts a checkpoint tensor, still in its own layout and type, where its slice of the parameter will be."""
-    if not isinstance(sharding, NamedSharding):
-        return jax.device_put(source, sharding)
-    spec = list(sharding.spec) + [None] * (len(slot.shape) + 1)
-    spec = spec[1:] if slot.layer is not None else spec
-    local = NamedSharding(sharding.mesh, PartitionSpec(*(spec[axis] for axis in slot.inverse)))
-    return jax.make_array_from_callback(source.shape, local, lambda index: source[index])
-
-
-@functools.partial(jax.jit, static_argnames=("shape", "dtype", "sharding"))
-def _zeros(shape: tuple[int, ...], dtype: Any, sharding: Sharding | None) -> jax.Array:
-    return _constrain(jnp.zeros(shape, dtype), sharding)
-
-
-@functools.partial(jax.jit, static_argnames=("axes", "dtype", "sharding"))
-def _permute(raw: jax.Array, axes: tuple[int, ...], dtype: Any, sharding: Sharding | None) -> jax.Array:
-    return _constrain(raw.transpose(axes).astype(dtype), sharding)
-
-
-@functools.partial(jax.jit, static_argnames=("axes", "sharding"), donate_argnames=("stack",))
-def _set_layer(
-    stack: jax.Array, raw: jax.Array, layer: np.ndarray, axes: tuple[int, ...], sharding: Sharding | None
-) -> jax.Array:
-    value = raw.transpose(axes).astype(stack.dtype)
-    return _constrain(jax.lax.dynamic_update_index_in_dim(stack, value, layer, 0), sharding)
-
-
-def _constrain(value: jax.Array, sharding: Sharding | None) -> jax.Array:
-    return value if sharding is None else jax.lax.with_sharding_constraint(value, sharding)

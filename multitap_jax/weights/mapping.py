@@ -6,11 +6,14 @@ and an import followed by an export gives the same bytes.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+
+from multitap_jax.weights.misfit import contradictions
 
 # What is done to the dimensions of a checkpoint tensor; the inverse permutation is the export.
 TRANSFORMS: dict[str, Callable[[int], tuple[int, ...]]] = {
@@ -112,7 +115,13 @@ def plan(table: Table, params: Mapping[str, Any]) -> list[Slot]:
 
 
 def match(
-    table: Table, slots: Sequence[Slot], tensors: Mapping[str, Any], *, tied: bool, prefix: str = ""
+    table: Table,
+    slots: Sequence[Slot],
+    tensors: Mapping[str, Any],
+    *,
+    tied: bool,
+    prefix: str = "",
+    entries: Mapping[str, int] | None = None,
 ) -> dict[str, str]:
     """Finds the tensor of each slot, by headers alone.
 
@@ -120,36 +129,75 @@ def match(
       table: the family's table.
       slots: what is needed, from `plan`.
       tensors: name in the checkpoint -> anything with `shape` and `dtype`.
-      tied: whether unused keys must equal what they are tied to.
+      tied: whether unused keys must equal what they are tied to; then either of the two names will do.
       prefix: what every name of the backbone starts with; names that do not are not the backbone's.
+      entries: sizes in `config.json` (`misfit.size_entries`), to say which of them the tensors contradict.
 
     Returns:
-      hub key -> name in the checkpoint, for all slots and for unused keys that must be compared.
+      hub key -> name in the checkpoint, for all slots and for the unused keys that are there.
 
     Raises:
       WeightError: lists all unknown, doubled, missing and mis-shaped tensors.
     """
     wanted = {slot.key: slot.shape for slot in slots}
     found: dict[str, str] = {}
-    problems = []
-    for name, tensor in tensors.items():
-        if not name.startswith(prefix):
-            continue
-        key = table.canonical(name.removeprefix(prefix))
+    problems, unknown, sizes = [], [], []
+    for name in (name for name in tensors if name.startswith(prefix)):
+        key, tensor = table.canonical(name.removeprefix(prefix)), tensors[name]
         if key in found:
             problems.append(f"doubled: {name} {_describe(tensor)} and {found[key]} are the same tensor")
         elif key not in wanted and key not in table.unused:
             problems.append(f"unknown: {name} {_describe(tensor)}")
+            unknown.append(key)
         else:
             found[key] = name
-            if key in wanted and tuple(tensor.shape) != wanted[key]:
-                problems.append(f"wrong shape: {name} {_describe(tensor)}, expected {list(wanted[key])}")
-            elif not jax.numpy.issubdtype(tensor.dtype, np.floating):
-                problems.append(f"wrong type: {name} {_describe(tensor)}, expected floating point")
-    problems += [f"missing: {prefix}{key} {list(shape)}" for key, shape in wanted.items() if key not in found]
+    for key, other in table.unused.items():  # a writer that keeps one name of a shared tensor may keep this one
+        if tied and other is not None and other not in found and key in found:
+            found[other] = found[key]
+    for key, shape in wanted.items():
+        if key not in found:
+            problems.append(f"missing: {prefix}{key} {list(shape)}")
+        elif problem := _misfit(tensors[found[key]], shape):
+            problems.append(f"{problem[0]}: {found[key]} {_describe(tensors[found[key]])}, expected {problem[1]}")
+            here = tuple(tensors[found[key]].shape)
+            sizes += [(a, b) for a, b in zip(shape, here, strict=False) if a != b and len(here) == len(shape)]
     if problems:
-        raise WeightError(f"{len(problems)} tensors do not fit the model:\n  " + "\n  ".join(problems))
-    return {key: name for key, name in found.items() if key in wanted or (tied and table.unused[key] is not None)}
+        layers = _layer_counts(table, set(wanted), set(found) | set(unknown))
+        lines = contradictions(entries or {}, sizes, layers) + problems
+        count = f"{len(problems)} tensors do not" if len(problems) > 1 else "1 tensor does not"
+        raise WeightError(f"{count} fit the model:\n  " + "\n  ".join(lines) + _hint(problems, wanted, found))
+    return found
+
+
+def _misfit(tensor: Any, shape: tuple[int, ...]) -> tuple[str, str] | None:
+    """What is wrong with a tensor, and what was expected."""
+    if tuple(tensor.shape) != shape:
+        return "wrong shape", str(list(shape))
+    name = np.dtype(tensor.dtype).name
+    if name.startswith("float8"):
+        return "wrong type", "bfloat16, float16 or float32 (8-bit floats mean nothing without their scales)"
+    if name not in ("bfloat16", "float16", "float32"):
+        return "wrong type", "floating point: bfloat16, float16 or float32"
+    return None
+
+
+def _layer_counts(table: Table, wanted: set[str], there: set[str]) -> dict[str, tuple[int, int]]:
+    """Start of the keys of a stack of layers -> (how many are wanted, how many are there), where they differ."""
+    out = {}
+    for start in {rule.key.partition("{layer}")[0] for rule in table.rules if "{layer}" in rule.key}:
+        number = re.compile(re.escape(start) + r"(\d+)\.")
+        expected, found = ({m[1] for key in keys if (m := number.match(key))} for keys in (wanted, there))
+        if found and expected != found:
+            out[start + "*"] = (len(expected), len(found))
+    return out
+
+
+def _hint(problems: Sequence[str], wanted: Mapping[str, Any], found: Mapping[str, str]) -> str:
+    if len(found) * 4 < len(wanted):
+        return "\nHardly any name is known: does config.json (its model_type) belong to these weights?"
+    if any("int8" in problem or "float8" in problem for problem in problems):
+        return "\nQuantised weights are not read; take the model in bfloat16."
+    return ""
 
 
 def _slots(rule: Rule, shape: tuple[int, ...]) -> list[Slot]:

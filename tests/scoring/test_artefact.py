@@ -10,12 +10,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from multitap_jax.data.processing import Contract
-from multitap_jax.files import canonical_hash, file_hash, tensor_hash
+from multitap_jax.files import canonical_hash, file_hash
 from multitap_jax.scoring.artefact import Artefact
-from multitap_jax.scoring.export import export_official, import_official
+from multitap_jax.scoring.exports import ContractWarning, export_official
+from multitap_jax.scoring.importing import import_official
 from multitap_jax.scoring.manifest import ArtefactError, Objective, read_manifest
-from multitap_jax.weights.files import FolderError, read_file
+from multitap_jax.weights.hashing import file_tensor_hash
 from multitap_jax.weights.mapping import WeightError
+from multitap_jax.weights.stored import FolderError
 from tests.scoring.model_fixtures import (
     CONTRACT,
     HIDDEN,
@@ -108,7 +110,8 @@ def test_an_output_embedding_of_its_own_goes_along(tmp_path):
     found = {n: t for p in weight_paths(tmp_path / "artefact") for n, t in load_file(p).items()}
     np.testing.assert_array_equal(found["lm_head.weight"], output)
     assert_same(Artefact.load(tmp_path / "artefact")[1], model)
-    official = export_official(tmp_path / "artefact", tmp_path / "official")
+    with pytest.warns(ContractWarning):
+        official = export_official(tmp_path / "artefact", tmp_path / "official")
     found = {n: t for p in weight_paths(official) for n, t in load_file(p).items()}
     np.testing.assert_array_equal(found["backbone_model.lm_head.weight"], output)
     assert_same(Artefact.load(import_official(official, tmp_path / "back").folder)[1], model)
@@ -244,7 +247,7 @@ def test_every_wrong_head_is_listed(artefact):
         tensors["ridge.coef"] = tensors["ridge.coef"][:1]
 
     rewrite(artefact / "heads.safetensors", change)
-    heads = tensor_hash(read_file(artefact / "heads.safetensors"))
+    heads = file_tensor_hash(artefact / "heads.safetensors")
     edit(artefact / "multitap.json", lambda content: content["hashes"].update(heads=heads))
     with pytest.raises(
         ArtefactError, match=r"reward_head\.bias: missing.*; ridge\.coef: \(1, 32\), expected \(2, 32\)"

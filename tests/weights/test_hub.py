@@ -14,9 +14,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from multitap_jax.families import abstract_backbone
-from multitap_jax.weights.files import FolderError, read_tensors
+from multitap_jax.weights.files import read_tensors
 from multitap_jax.weights.hub import export_tensors, load_backbone, save_backbone
 from multitap_jax.weights.mapping import WeightError, named_params
+from multitap_jax.weights.stored import FolderError
 from tests.tiny_qwen2_vl import tiny_config, torch_model
 
 
@@ -98,7 +99,7 @@ def test_shards_with_and_without_index(hub, tmp_path):
     (tmp_path / "model.safetensors.index.json").unlink()
     assert_same_tensors(dict(export_tensors(load_backbone(tmp_path))), backbone_tensors(tensors))
     (tmp_path / shards[1]).unlink()
-    with pytest.raises(FolderError, match=f"lacks {shards[1]}"):
+    with pytest.raises(FolderError, match=f"{shards[1]} is missing"):
         load_backbone(tmp_path)
 
 
@@ -241,9 +242,9 @@ def test_an_index_is_checked(hub, tmp_path):
     save_file({"model.norm.weight": np.ones(64, np.float32)}, tmp_path / "model-00001-of-00002.safetensors")
     here, lost = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
     for weight_map, message in (
-        ({"model.norm.weight": here, "x": lost}, f"lacks {lost}, named in"),
-        ({"model.norm.weight": here, "x": here}, f"names tensors that are not there: x \\(in {here}\\)"),
-        ({"x": "../other/model.safetensors"}, "which is not a file of this folder"),
+        ({"model.norm.weight": here, "x": lost}, f"{lost} is missing, but model.safetensors.index.json names it"),
+        ({"model.norm.weight": here, "x": here}, f"names x \\(in {here}\\), which is not there"),
+        ({"x": "../other/model.safetensors"}, "not a file of this folder"),
         ({}, "has no weight_map"),
     ):
         index.write_text(json.dumps({"weight_map": weight_map}))
@@ -263,7 +264,7 @@ def test_folders_that_are_no_checkpoint(tmp_path):
         load_backbone(tmp_path)
     config.write_text(json.dumps(tiny_config()))
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(FolderError, match=r"no model\.safetensors.*holds pytorch_model\.bin: convert"):
+    with pytest.raises(FolderError, match=r"no model\.safetensors.*holds pytorch_model\.bin: pickles"):
         load_backbone(tmp_path)
 
 
