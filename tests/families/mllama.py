@@ -1,18 +1,27 @@
 """Llama-3.2-Vision as transformers has it, tiny: tiles of 28 pixels, two groups of three decoder layers."""
 
 import functools
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import MllamaProcessor, PreTrainedTokenizerFast
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
 from multitap_jax.backbones.vision import CLIP_MEAN, CLIP_STD
-from multitap_jax.data.stream import Pair
-from tests.families.common import Case, Oracle, picture
+from multitap_jax.batch import PackedBatch
+from multitap_jax.data.processing import Processing
+from multitap_jax.data.stream import Pair, StreamPacker
+from multitap_jax.families import from_config
+from multitap_jax.reward import RewardHead, RewardModel
+from tests.families.common import Case, Oracle, contract_of, picture, random_weight
 from tests.tiny_tokenizer import CORPUS
 
 TILE = 28
@@ -65,7 +74,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
     core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=301, initial_alphabet=alphabet, show_progress=False)
     core.train_from_iterator([*CORPUS, "Describe this image.", "user\n\nassistant\n\n"], trainer)
     special = [f"<|{name}|>" for name in (*_SPECIAL, "python_tag", "image")]
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
@@ -149,6 +158,36 @@ def oracle(*, side: int | None = None, **changes: Any) -> Oracle:
     }
     found = functools.partial(inputs, side=side)
     return Oracle(config, ("MllamaForConditionalGeneration", "MllamaConfig"), tokenizer(), PREPROCESSOR, found)
+
+
+def reward_model(seed: int = 0) -> RewardModel:
+    """Weights that do not depend on torch."""
+    backbone = nnx.eval_shape(lambda: from_config(oracle().config, rngs=nnx.Rngs(0), preprocessor=PREPROCESSOR))
+    names = iter(range(1000))
+    draw = lambda leaf: jnp.asarray(random_weight(f"{next(names)}.position", leaf.shape, seed))
+    return RewardModel(jax.tree.map(draw, backbone), RewardHead(64, rngs=nnx.Rngs(seed)))
+
+
+def packed_cells(folder: Path, cells: int) -> PackedBatch:
+    """Pairs of several pictures in as many cells, with targets."""
+    processing = Processing.from_folder(folder, contract_of(folder, image_policy=POLICY))
+    options = {"hidden": 64, "cells": cells}
+    packer = StreamPacker(processing.prompter, processing.reader, processing.vision, **options)
+    images = [Image.fromarray(np.roll(np.asarray(image), turn)) for image in (SMALL, WIDE, LARGE) for turn in range(5)]
+    pairs = [Pair((image,), text) for image in images for text in ("a red ball", "the box is far")]
+    pairs += [PAIRS[3], PAIRS[5]]
+    (batch,) = packer.window(pairs).batches
+    here = batch.record >= 0
+    target = np.random.default_rng(0).random(batch.record.shape).astype(np.float32)
+    return batch._replace(target=np.where(here, target, 0).astype(np.float32), weight=here.astype(np.float32))
+
+
+def write_without_weights(folder: Path) -> Path:
+    """Configuration, image processor and tokenizer of the oracle: all that processing reads."""
+    (folder / "config.json").write_text(json.dumps(oracle().config))
+    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    tokenizer().save_pretrained(folder)
+    return folder
 
 
 def cases() -> list[Case]:
