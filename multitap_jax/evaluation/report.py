@@ -182,11 +182,7 @@ def evaluate_files(
     rated = [record for record in scored if record.target(target) is not None]
     human = np.array([_on_scale(record, target, low, high) for record in rated], np.float64)
     pred = np.array([scores.overall[record.id] for record in rated], np.float64)
-    objectives = {}
-    for name, values in scores.objectives.items():
-        pairs = [(r.id, values[r.id], y) for r in records if r.id in values and (y := r.ratings.get(name)) is not None]
-        ids, guesses, truths = zip(*pairs, strict=True) if pairs else ((), (), ())
-        objectives[name] = evaluate_pairs(guesses, truths, groups=[groups[i] for i in ids], **options)
+    objectives = _objectives(records, scores, groups, options)
     overall = evaluate_pairs(pred, human, groups=[groups[record.id] for record in rated], **options)
     known = groups.keys() | {item.id for item in items if isinstance(item, Rejected)}
     return EvaluationReport(
@@ -207,6 +203,18 @@ def evaluate_files(
         rejected=[item for item in items if isinstance(item, Rejected)],
         points=np.stack([pred, human], axis=1),
     )
+
+
+def _objectives(
+    records: list[Record], scores: _Scores, groups: dict[str, str], options: dict[str, Any]
+) -> dict[str, Metrics]:
+    """Every predicted objective against the ratings of its name."""
+    out = {}
+    for name, values in scores.objectives.items():
+        pairs = [(r.id, values[r.id], y) for r in records if r.id in values and (y := r.ratings.get(name)) is not None]
+        ids, guesses, truths = zip(*pairs, strict=True) if pairs else ((), (), ())
+        out[name] = evaluate_pairs(guesses, truths, groups=[groups[i] for i in ids], **options)
+    return out
 
 
 def _note(path: Path) -> dict[str, Any]:
