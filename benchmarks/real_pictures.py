@@ -5,6 +5,10 @@
 DATA holds ratings.jsonl and images/ of avt_ai_images (Goering et al., IEEE Access 2023; 108 pictures by four generators
 for 27 prompts, mean ratings from 1 to 5 of prompt_matching, realism, appeal). A third of the prompts is held out, so no
 text and no picture stands on both sides. Each verb runs as a user would run it, in this process.
+
+Pictures and ratings are public (github.com/Telecommunication-Telemedia-Assessment/avt_ai_images); ratings.jsonl is a
+conversion of them to one record a picture: "id", "image" ("images/..."), "text" (the prompt) and "ratings" with the
+mean, from 1 to 5, of "prompt_matching", "realism" and "appeal".
 """
 
 import argparse
@@ -45,6 +49,12 @@ def main() -> None:
     for name in ("data", "checkpoint", "workdir"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     args = parser.parse_args()
+    if not (args.data / "ratings.jsonl").is_file():
+        parser.error(
+            f"--data={args.data}: no ratings.jsonl there; --help says what it is and where the pictures are from"
+        )
+    if not args.checkpoint.is_dir():
+        parser.error(f"--checkpoint={args.checkpoint}: no such folder; `multitap demo` leaves demo_run/train/artefact")
     args.workdir.mkdir(parents=True, exist_ok=True)
     train, test = split_by_prompt(args.data, args.workdir)
     lora = Path(__file__).parents[1] / "configs" / "lora.py"

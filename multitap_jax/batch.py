@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 Array = jax.Array | np.ndarray
+MIX_UNIT = 2.0**-24
 
 
 class PackedBatch(NamedTuple):
@@ -40,7 +41,9 @@ class PackedBatch(NamedTuple):
       image_token: int32[B, I], columns of a row's image tokens, -1 where there is none, for backbones that keep image
         features out of the row (`image_cell` there names the image they see); I = 0 for all others.
       patches: uint8[R, P, F], raw pixel values in the layout's patch order, features (C, ph, pw).
-      patch_position: int32[R, P, 2], (row, column) of the patch in its image.
+      patch_position: int32[R, P, 2], (row, column) of the patch in its image. Or, where maps of features are resized,
+        int32[R, P, 6]: what the patch's cell is mixed from: upper left, upper right, lower left and lower right patch,
+        counted from the image's first, and the weights of right and of lower in multiples of `MIX_UNIT`.
       patch_segment: int32[R, P], id of the image within the vision row, from 1; 0 is padding.
     """
 

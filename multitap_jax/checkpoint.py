@@ -5,9 +5,11 @@ metadata what the run must have in common with it, and a checksum of every array
 2^32, computed on the devices: it does not depend on the mesh, and a restored state that differs in one bit is refused.
 """
 
+import contextlib
+import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +107,10 @@ class Checkpoints:
         damaged = []
         for step in reversed(steps):
             try:
-                metadata = self._read_metadata(step)
-                self._check_identity(step, metadata["identity"])
-                state = self._load(step, target, metadata["checksums"])
+                with _quiet():  # orbax logs what it raises; here one sentence says it
+                    metadata = self._read_metadata(step)
+                    self._check_identity(step, metadata["identity"])
+                    state = self._load(step, target, metadata["checksums"])
             except (CheckpointError, MemoryError):
                 raise
             except Exception as error:  # whatever a damaged file makes orbax, tensorstore or json raise
@@ -195,6 +198,17 @@ def _says_nothing_of_damage(error: Exception) -> bool:
     if isinstance(error, OSError):
         return not isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
     return any(status in str(error) for status in _OF_THE_MOMENT)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def checksum(tree: Any) -> int:

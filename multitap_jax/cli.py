@@ -31,6 +31,7 @@ from typing import Any
 from absl import flags
 
 from multitap_jax.parallel.host import keep_freed_memory
+from multitap_jax.verbs.common import explain
 
 VERBS = ("demo", "train", "embed", "fit", "score", "evaluate", "import", "export")
 
@@ -52,18 +53,23 @@ def parse(verb: str, argv: Sequence[str]) -> flags.FlagValues:
     if any(arg in ("--help", "-h", "--helpfull", "-help") for arg in argv):
         print(f"multitap {verb}: {(module.__doc__ or '').strip()}\n\nFlags:")
         print(_flag_help(values))
+        if hasattr(module, "more_help"):
+            print("\n" + module.more_help())
         raise SystemExit(0)
     # Both spellings of a flag are known: --max-rejected and --max_rejected. Names end at the first "=" or ".".
     argv = [re.sub(r"^--?[a-z-]+", lambda name: "--" + name[0].lstrip("-").replace("-", "_"), arg) for arg in argv]
+    problem = module.misuse(argv) if hasattr(module, "misuse") else None
     try:
-        with _program_arguments([f"multitap {verb}", *argv]) as whole:
-            rest = values(whole)
-        if rest[1:]:
-            raise flags.Error(f"unexpected argument {rest[1]!r}; values are given as --flag=value")
-    except (flags.Error, FileNotFoundError, AttributeError, KeyError, TypeError) as error:
-        message = f"there is no setting {error}" if isinstance(error, KeyError) else error
-        print(f"multitap {verb}: {message}\nmultitap {verb} --help lists the flags", file=sys.stderr)
-        raise SystemExit(2) from None
+        if problem is None:
+            with _program_arguments([f"multitap {verb}", *argv]) as whole:
+                rest = values(whole)
+            if rest[1:]:
+                problem = f"unexpected argument {rest[1]!r}; values are given as --flag=value"
+    except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+        problem = explain(error)
+    if problem is not None:
+        print(f"multitap {verb}: {problem}\nmultitap {verb} --help lists the flags", file=sys.stderr)
+        raise SystemExit(2)
     return values
 
 
@@ -94,6 +100,13 @@ def _is_explained(error: Exception) -> bool:
     return not isinstance(error, RuntimeError) or type(error).__module__.startswith("multitap_jax.")
 
 
+def _said(error: Exception) -> str:
+    """The message; one of the system's own as "FILE: what is wrong"."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}"
+    return str(error)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -109,15 +122,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         import difflib
 
         near = difflib.get_close_matches(argv[0], VERBS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = f"; did you mean {near[0]}?" if near else "."
         print(f"multitap: there is no verb {argv[0]!r}{hint} The verbs: {', '.join(VERBS)}", file=sys.stderr)
         return 2
     values = parse(argv[0], argv[1:])
     # Absent settings must not reach out to a model hub; a user who wants that says so by name.
     if not _asks_for_hub(values):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    # transformers is here for its tokenizers: its advice to install torch would mislead.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     keep_freed_memory()
     module = _module(argv[0])
     try:
@@ -128,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("MULTITAP_TRACEBACK") or not _is_explained(error):
             raise
-        print(f"multitap {argv[0]}: {error}", file=sys.stderr)
+        print(f"multitap {argv[0]}: {_said(error)}", file=sys.stderr)
         return 1
 
 

@@ -1,12 +1,14 @@
 """Run configurations: an ml_collections ConfigDict in, frozen dataclasses out.
 
 A config file (`configs/*.py`) has `get_config()`; flags override single values (`--config.batch_size=8`). Whatever the
-file and the flags say is checked here once: an unknown key is an error that names the nearest known one, a wrong type
-is an error that names the key, the value and the type that was expected.
+file and the flags say is checked here once, before anything is loaded: an unknown key is an error that names the
+nearest known one, a wrong type or value an error that names the key, the value and what was expected.
 """
 
 import dataclasses
 import difflib
+import inspect
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -17,6 +19,32 @@ C = TypeVar("C")
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key and the remedy."""
+
+
+def _problems(path: str, config: Any, rules: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the fields that `rules` names: allowed values, or "LOW" to "HIGH" as (lowest, highest)."""
+    wrong = []
+    for name, rule in rules.items():
+        value = getattr(config, name)
+        if isinstance(rule[0], str):
+            if value not in rule:
+                wrong.append(f"{path}.{name} = {value!r}: expected one of {', '.join(rule)}")
+            continue
+        low, high = rule
+        # NaN is in no range, and infinity is no setting.
+        if not (low <= value <= high and math.isfinite(value)):
+            bounds = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
+            wrong.append(f"{path}.{name} = {value!r}: expected {bounds}")
+    return wrong
+
+
+def _refuse(wrong: list[str]) -> None:
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+
+
+def _is_target(name: str) -> bool:
+    return name == "score" or (name.startswith("ratings.") and len(name) > len("ratings."))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +66,18 @@ class ModelConfig:
     attention: str = "auto"
     position_mode: str = "auto"
 
+    def __post_init__(self) -> None:
+        rules = {"dtype": ("bfloat16", "float32"), "remat": ("none", "dots", "full")}
+        wrong = _problems("config.model", self, rules)
+        if self.attention != "auto":
+            from multitap_jax.backbones.attention import UnsupportedAttentionError, check_backend
+
+            try:
+                check_backend(self.attention)
+            except UnsupportedAttentionError as error:
+                wrong.append(f"config.model.{error}")
+        _refuse(wrong)
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -50,8 +90,9 @@ class DataConfig:
       target: "score" or "ratings.NAME": the number to learn.
       target_range: the values of the target that map to 0 and 1.
       prompt: prompt variant (`data/prompts.py`).
-      image_policy: "square:N", "native:MIN:MAX" pixels, or "auto" (the artefact's, else "square:560").
-      shuffle: "pairs" (as the official recipe) or "groups" (texts of one image stay together: far fewer tokens).
+      image_policy: "square:N", "native:MIN:MAX" pixels, "crop:N", "tiles:N", "anyres:N" (see `ImagePolicy`), as
+        far as the family knows it, or "auto" (the artefact's, else the family's).
+      shuffle: "pairs" (as the official recipe), "groups" (texts of one image stay together: far fewer tokens), "none".
       row_length: tokens a packed row; 0 picks the smallest of the standard lengths that suits the data.
       max_length: longest pair in tokens, image tokens included; longer ones are rejected.
       max_rejected: share of unusable records above which the run stops.
@@ -72,14 +113,36 @@ class DataConfig:
     allow_outside_root: bool = False
 
     def __post_init__(self) -> None:
+        rules = {
+            "holdout": (0, 1),
+            "shuffle": ("pairs", "groups", "none"),
+            "row_length": (0, math.inf),
+            "max_length": (1, math.inf),
+            "max_rejected": (0, 1),
+        }
+        wrong = _problems("config.data", self, rules)
         low, high = self.target_range
-        if not low < high:
-            raise ConfigError(f"config.data.target_range = {self.target_range}: expected (lowest, highest)")
+        if not (low < high and math.isfinite(low) and math.isfinite(high)):
+            wrong.append(f"config.data.target_range = {self.target_range}: expected (lowest, highest)")
+        if not _is_target(self.target):
+            wrong.append(f"config.data.target = {self.target!r}: expected score or ratings.NAME")
+        _refuse(wrong)
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW; schedule is "constant" or "cosine" (to zero, after a linear warm-up over `warmup_ratio` of the steps)."""
+    """AdamW and its learning rate.
+
+    Attributes:
+      learning_rate: after the warm-up.
+      schedule: "constant", or "cosine" (falls to zero at the last step).
+      warmup_ratio: share of the steps in which the rate rises linearly from zero.
+      weight_decay: decoupled, on every parameter.
+      b1: decay of the mean of the gradients.
+      b2: decay of the mean of their squares.
+      eps: added to the root of that mean.
+      clip_norm: largest norm of the gradient; 0 does not clip.
+    """
 
     learning_rate: float = 2e-7
     schedule: str = "constant"
@@ -90,20 +153,55 @@ class OptimizerConfig:
     eps: float = 1e-8
     clip_norm: float = 1.0
 
+    def __post_init__(self) -> None:
+        wrong = _problems(
+            "config.optimizer",
+            self,
+            {
+                "learning_rate": (0, math.inf),
+                "schedule": ("constant", "cosine"),
+                "weight_decay": (0, math.inf),
+                "eps": (0, math.inf),
+                "clip_norm": (0, math.inf),
+            },
+        )
+        for name in ("warmup_ratio", "b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                wrong.append(f"config.optimizer.{name} = {getattr(self, name)}: expected a number in [0, 1)")
+        _refuse(wrong)
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainableConfig:
-    """Which parameters learn: "full", "head", "text" (all but the vision tower) or "lora" (adapters and head)."""
+    """Which parameters learn.
+
+    Attributes:
+      parts: "full", "head", "text" (all but the vision tower) or "lora" (adapters and head).
+      lora_rank: columns of an adapter.
+      lora_alpha: an adapter is scaled by lora_alpha / lora_rank.
+      lora_targets: names of the linear modules that get adapters.
+    """
 
     parts: str = "full"
     lora_rank: int = 16
     lora_alpha: float = 32.0
     lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
 
+    def __post_init__(self) -> None:
+        rules = {"parts": ("full", "head", "text", "lora"), "lora_rank": (1, math.inf), "lora_alpha": (0, math.inf)}
+        _refuse(_problems("config.trainable", self, rules))
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices per mesh axis; one of them may be -1 and takes what is left."""
+    """Devices per mesh axis; one of them may be -1 and takes what is left.
+
+    Attributes:
+      data: shares of the batch, each with whole parameters.
+      fsdp: shares of the batch that also share the parameters.
+      tensor: shares of heads and of inner widths.
+      context: shares of a sequence; 1, until an attention backend can do it.
+    """
 
     data: int = -1
     fsdp: int = 1
@@ -113,16 +211,37 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save and what to keep; 0 disables a trigger."""
+    """When to save and what to keep; 0 disables a trigger.
+
+    Attributes:
+      every_steps: save after so many steps.
+      every_minutes: save when the last one is so long ago.
+      keep: how many of the newest stay.
+    """
 
     every_steps: int = 500
     every_minutes: float = 15.0
     keep: int = 3
 
+    def __post_init__(self) -> None:
+        rules = {"every_steps": (0, math.inf), "every_minutes": (0, math.inf), "keep": (1, math.inf)}
+        _refuse(_problems("config.checkpoint", self, rules))
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """A stage-1 run. `batch_size` counts pairs per optimizer step; `accumulation` splits it into micro-batches."""
+    """A stage-1 run.
+
+    Attributes:
+      batch_size: pairs an optimizer step.
+      accumulation: micro-batches a step is cut into.
+      epochs: passes over the pairs.
+      seed: of the order, of the held-out groups, and of new weights.
+      evaluate_every: steps between two evaluations of held-out pairs; 0 evaluates only at the end.
+      log_every: steps between two lines of metrics.jsonl.
+      spike_factor: stop when the median loss of the last 9 steps is so many times that of up to 128 before; 0 never
+        does (`stage1/spikes.py`).
+    """
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -136,11 +255,41 @@ class TrainConfig:
     seed: int = 42
     evaluate_every: int = 200
     log_every: int = 10
+    spike_factor: float = 10.0
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulation", "epochs"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"config.{name} = {getattr(self, name)}: expected 1 or more")
+        rules: dict[str, Any] = dict.fromkeys(("batch_size", "accumulation", "epochs", "log_every"), (1, math.inf))
+        rules |= {"evaluate_every": (0, math.inf), "seed": (0, math.inf), "spike_factor": (0, math.inf)}
+        wrong = _problems("config", self, rules)
+        if 0 < self.spike_factor <= 1:
+            wrong.append(f"config.spike_factor = {self.spike_factor}: expected more than 1, or 0 for no watch")
+        _refuse(wrong)
+
+
+def describe(cls: Any, path: str = "config") -> list[tuple[str, Any, str]]:
+    """(dotted name, default, meaning) of every setting of a configuration, sections last; out of the docstrings."""
+    meanings = _attribute_docs(cls.__doc__ or "")
+    settings, sections = [], []
+    for field in dataclasses.fields(cls):
+        name = f"{path}.{field.name}"
+        if dataclasses.is_dataclass(field.default):
+            sections += describe(type(field.default), name)
+        else:
+            settings.append((name, field.default, meanings.get(field.name, "")))
+    return settings + sections
+
+
+def _attribute_docs(text: str) -> dict[str, str]:
+    """The `name: meaning` lines under "Attributes:", continuation lines joined."""
+    out: dict[str, str] = {}
+    last = ""
+    for line in inspect.cleandoc(text).partition("Attributes:\n")[2].splitlines():
+        if line.startswith("    "):
+            out[last] += " " + line.strip()
+        elif ":" in line:
+            last, _, meaning = line.strip().partition(": ")
+            out[last] = meaning
+    return out
 
 
 def from_config_dict(cls: type[C], values: Mapping[str, Any], path: str = "config") -> C:

@@ -13,13 +13,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from PIL import Image
 
 from multitap_jax.backbones import Backbone
+from multitap_jax.backbones.llava import Llava, LlavaConfig
+from multitap_jax.backbones.llava_onevision import LlavaOnevision, LlavaOnevisionConfig
+from multitap_jax.backbones.mllama import Mllama, MllamaConfig
+from multitap_jax.backbones.qwen2_5_vl import Qwen25VL, Qwen25VLConfig
 from multitap_jax.backbones.qwen2_vl import Qwen2VL, Qwen2VLConfig
+from multitap_jax.backbones.qwen3_vl import Qwen3VL, Qwen3VLConfig
 from multitap_jax.config import ConfigError
 from multitap_jax.data import chat
+from multitap_jax.data.anyres import AnyresLayout
 from multitap_jax.data.layouts import GridLayout, ImagePolicy, Layout
-from multitap_jax.weights import qwen2_vl
+from multitap_jax.data.tiles import TileLayout
+from multitap_jax.data.views import ViewLayout
+from multitap_jax.weights import llava, llava_onevision, mllama, qwen2_5_vl, qwen2_vl, qwen3_vl
 from multitap_jax.weights.files import FolderError, read_json
 from multitap_jax.weights.mapping import Table
 
@@ -40,6 +49,7 @@ class Family:
       layout: how a picture becomes patches and tokens under a policy.
       image_policy: the policy where nobody chose one.
       position_modes: the position modes it knows, the default first.
+      of: entries of this record that depend on the configuration; `read_config` gives a family with them settled.
     """
 
     config: Callable[[Mapping[str, Any], Mapping[str, Any] | None], Any]
@@ -49,13 +59,40 @@ class Family:
     layout: Callable[[Any, ImagePolicy], Layout]
     image_policy: str = "square:560"
     position_modes: tuple[str, ...] = ("flat",)
+    of: Callable[[Any], Mapping[str, Any]] = lambda config: {}
 
 
 def _qwen_layout(config: Any, policy: ImagePolicy) -> Layout:
     return GridLayout(policy, config.vision.pixels.patch_size, config.vision.merge_size)
 
 
+def _tile_layout(config: Any, policy: ImagePolicy) -> Layout:
+    v = config.vision
+    return TileLayout(policy, v.image_size, v.max_num_tiles, v.pixels.patch_size, Image.Resampling(v.resample))
+
+
+def _llava_layout(config: Any, policy: ImagePolicy) -> Layout:
+    return ViewLayout(policy, config.vision.pixels.patch_size, config.vision.image_size)
+
+
+def _onevision_layout(config: Any, policy: ImagePolicy) -> Layout:
+    pixels, tiles = config.vision.pixels, config.tiles
+    return AnyresLayout(policy, pixels.patch_size, tiles.image_size, tiles.pinpoints, tiles.max_views)
+
+
+def _llava_entries(config: Any) -> Mapping[str, Any]:
+    policy = f"square:{config.vision.image_size}"
+    return {"image_policy": policy, "chat": chat.LLAVA_QWEN2 if config.decoder == "qwen2" else chat.LLAVA}
+
+
 FAMILIES: dict[str, Family] = {
+    "mllama": Family(
+        config=MllamaConfig.from_hf,
+        model=Mllama,
+        table=mllama.table,
+        chat=chat.LLAMA32_VISION,
+        layout=_tile_layout,
+    ),
     "qwen2_vl": Family(
         config=Qwen2VLConfig.from_hf,
         model=Qwen2VL,
@@ -63,6 +100,39 @@ FAMILIES: dict[str, Family] = {
         chat=chat.QWEN2_VL,
         layout=_qwen_layout,
         position_modes=("mrope", "flat"),
+    ),
+    "qwen2_5_vl": Family(
+        config=Qwen25VLConfig.from_hf,
+        model=Qwen25VL,
+        table=qwen2_5_vl.table,
+        chat=chat.QWEN2_VL,
+        layout=_qwen_layout,
+        position_modes=("mrope", "flat"),
+    ),
+    "qwen3_vl": Family(
+        config=Qwen3VLConfig.from_hf,
+        model=Qwen3VL,
+        table=qwen3_vl.table,
+        chat=chat.QWEN3_VL,
+        layout=_qwen_layout,
+        image_policy="square:576",  # cells of 32 pixels; the multiple nearest to the official 560
+        position_modes=("mrope", "flat"),
+    ),
+    "llava": Family(
+        config=LlavaConfig.from_hf,
+        model=Llava,
+        table=llava.table,
+        chat=chat.LLAVA,
+        layout=_llava_layout,
+        of=_llava_entries,
+    ),
+    "llava_onevision": Family(
+        config=LlavaOnevisionConfig.from_hf,
+        model=LlavaOnevision,
+        table=llava_onevision.table,
+        chat=chat.LLAVA_QWEN2,
+        layout=_onevision_layout,
+        of=lambda config: {"image_policy": f"square:{config.vision.image_size}"},
     ),
 }
 
@@ -115,7 +185,8 @@ def read_config(folder: str | Path) -> tuple[Family, Any]:
     config = read_json(folder / "config.json")
     try:
         family = family_of(config)
-        return family, family.config(config, _preprocessor(folder))
+        numbers = family.config(config, _preprocessor(folder))
+        return dataclasses.replace(family, **family.of(numbers)), numbers
     except ConfigError as error:
         raise FolderError(f"{folder / 'config.json'}: {error}") from error
 

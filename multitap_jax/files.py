@@ -102,7 +102,10 @@ def sole_writer(folder: Path) -> Iterator[None]:
 
     Raises:
       FolderInUseError: another process holds it.
+      NotADirectoryError: a file has its name.
     """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder}: is a file, and a folder is written here; choose another name")
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:

@@ -4,11 +4,11 @@ Only useful work counts: no padding, no recomputation (remat), no optimizer. A p
 
   decoder, per token and layer     2 (2 H A D + 2 H G D + 3 H I)            q and o, k and v, gated MLP of inner size I
   decoder, per visible pair, layer 4 A D                                    scores and mix, exactly under the mask
-  vision, per patch and layer      2 (4 E^2 + 2 E V)                        qkv and out, MLP of inner size V
-  vision, per visible pair, layer  4 E
+  vision, per patch and layer      2 (4 E^2 + 2 E V)                        qkv, out, MLP of inner size V (gated: 3 E V)
+  vision, per visible pair, layer  4 E                                      of one picture, or of one window of it
   vision, per patch                2 F E                                    patch embedding (frames folded)
   and what joins the tower to the decoder, which each family's `vision_flops` adds (Qwen2-VL's merger, per cell of m^2
-  patches: 2 ((m^2 E)^2 + m^2 E H))
+  patches: 2 ((m^2 E)^2 + m^2 E H)); a family with layers of another kind has a `forward_flops` of its own (Mllama)
 
 Causal attention counts what is visible, about half of S^2. A backward pass is twice a forward pass where weights learn
 and once where only activations need gradients; so training everything costs 3 forward passes.
@@ -47,13 +47,20 @@ TRAINING_FACTORS: dict[str, tuple[int, int]] = {"full": (3, 3), "text": (3, 1), 
 
 
 class Work(NamedTuple):
-    """What a batch asks for: real tokens and patches, and how many (query, key) pairs the mask lets see each other."""
+    """What a batch asks for: real tokens and patches, and how many (query, key) pairs the mask lets see each other.
+
+    `patch_pairs` are pairs of one picture, `window_pairs` pairs of one window of it where a tower has windows. Where
+    images are kept out of the row: `images`, their number, and `cross_pairs` of a token and a patch that it attends to.
+    """
 
     tokens: int
     token_pairs: int
     patches: int
     patch_pairs: int
     padded_tokens: int
+    window_pairs: int | None = None
+    images: int = 0
+    cross_pairs: int = 0
 
 
 class Flops(NamedTuple):
@@ -68,8 +75,14 @@ class Flops(NamedTuple):
         return self.decoder + self.vision
 
 
-def count_work(batch: PackedBatch) -> Work:
-    """Counts the work of a batch on the host, from its segments alone."""
+def count_work(batch: PackedBatch, *, window: int | None = None, block: tuple[int, int] | None = None) -> Work:
+    """Counts the work of a batch on the host, from its segments alone.
+
+    Args:
+      batch: host arrays.
+      window: patches a side of the windows that layers of the tower attend in, where the configuration has a `window`.
+      block: that of `Layout`; needed where images are kept out of the row.
+    """
     segment, prefix = np.asarray(batch.segment), np.asarray(batch.prefix)
     pairs = 0
     for row, seen in zip(segment, prefix, strict=True):
@@ -82,22 +95,55 @@ def count_work(batch: PackedBatch) -> Work:
         pairs += int(np.sum(own * (own + 1) // 2 + own * shared))
     patch_segment = np.asarray(batch.patch_segment)
     patch_pairs = sum(int(np.sum(np.bincount(row)[1:].astype(np.int64) ** 2)) for row in patch_segment)
-    return Work(int((segment > 0).sum()), pairs, int((patch_segment > 0).sum()), patch_pairs, segment.size)
+    window_pairs = None if window is None else _window_pairs(np.asarray(batch.patch_position), patch_segment, window)
+    apart = (0, 0) if block is None or not batch.image_token.size else _count_apart(batch, block[0])
+    patches = int((patch_segment > 0).sum())
+    return Work(int((segment > 0).sum()), pairs, patches, patch_pairs, segment.size, window_pairs, *apart)
+
+
+def _count_apart(batch: PackedBatch, block: int) -> tuple[int, int]:
+    """Images that are one block and one cell each, and pairs of a token and a patch that it attends to.
+
+    Tokens after an image attend to its real patches; tokens of its group before the first image to all of the block.
+    """
+    segment, prefix, at = (np.asarray(x) for x in (batch.segment, batch.prefix, batch.image_token))
+    real = (np.asarray(batch.patch_segment) > 0).reshape(-1, block).sum(axis=1)
+    pairs = 0
+    for row in range(len(at)):
+        columns = at[row][at[row] >= 0]
+        runs = segment[row, columns]
+        for column, run in zip(columns, runs, strict=True):
+            own = np.flatnonzero(prefix[row] == run)
+            pairs += int((own >= column).sum()) * int(real[np.asarray(batch.image_cell)[row, column]])
+            pairs += int((own < columns[runs == run].min()).sum()) * block
+    return int((real > 0).sum()), pairs
+
+
+def _window_pairs(position: np.ndarray, segment: np.ndarray, side: int) -> int:
+    row = np.broadcast_to(np.arange(len(segment))[:, None], segment.shape)
+    ids = np.concatenate([np.stack([row, segment], axis=-1), position // side], axis=-1)
+    _, counts = np.unique(ids[segment > 0], axis=0, return_counts=True)
+    return int(np.sum(counts.astype(np.int64) ** 2))
 
 
 def forward_flops(config: Any, work: Work) -> Flops:
     """Forward FLOPs of `work` by the formula above.
 
     Args:
-      config: of a backbone: `text` (a `DecoderConfig`) and `vision_flops`.
-      work: from `count_work`.
+      config: of a backbone: `text` (a `DecoderConfig`) and `vision_flops`, or a `forward_flops` of its own.
+      work: from `count_work`, with `config.window` where there is one.
     """
-    text = config.text
+    if hasattr(config, "forward_flops"):
+        return config.forward_flops(work)
+    pairs = (work.patch_pairs,) if work.window_pairs is None else (work.patch_pairs, work.window_pairs)
+    return Flops(float(decoder_flops(config.text, work)), float(config.vision_flops(work.patches, *pairs)))
+
+
+def decoder_flops(text: Any, work: Work) -> float:
+    """Forward FLOPs of the layers of a `DecoderConfig`."""
     heads, groups = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
     per_token = 2 * text.hidden_size * (2 * heads + 2 * groups + 3 * text.intermediate_size)
-    decoder = text.num_layers * (work.tokens * per_token + work.token_pairs * 4 * heads)
-    vision = config.vision_flops(work.patches, work.patch_pairs)
-    return Flops(float(decoder), float(vision))
+    return text.num_layers * (work.tokens * per_token + work.token_pairs * 4 * heads)
 
 
 def train_flops(config: Any, work: Work, parts: str = "full") -> float:

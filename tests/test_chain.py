@@ -1,6 +1,7 @@
 """The whole chain through the command line: draw, train, embed, fit, score, evaluate, export; and what goes wrong."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,9 @@ from multitap_jax.demo.texts import OBJECTIVES, vocabulary_sample
 from multitap_jax.demo.world import build_world
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+ROOT = CONFIGS.parent
+PATHS = ("--checkpoint=x", "--input=y", "--output=z")
+TRAIN = ("train", f"--config={CONFIGS / 'lora.py'}", "--workdir=w")
 
 
 def run(*arguments: str) -> int:
@@ -82,6 +86,7 @@ def test_embed_fit_score_evaluate_export(artefact, world, folder, capsys):
     before = scores.read_bytes()
     assert run(*command) == 0  # done already: nothing changes
     assert scores.read_bytes() == before
+    assert json.loads((folder / "scores.jsonl.job.json").read_text())["trained_on"]["target"] == "score"
     report = folder / "evaluation"
     assert (
         run("evaluate", f"--scores={scores}", f"--input={world.heldout}", f"--output={report}", "--bootstrap=50") == 0
@@ -100,7 +105,7 @@ def test_embed_fit_score_evaluate_export(artefact, world, folder, capsys):
     capsys.readouterr()
 
 
-def test_fitting_straight_from_records_equals_fitting_from_the_store(artefact, world, folder):
+def test_fitting_straight_from_records_equals_fitting_from_the_store(artefact, world, folder, capsys):
     before = load_file(artefact / "heads.safetensors")
     assert run("fit", f"--checkpoint={artefact}", f"--input={world.train}") == 0
     after = load_file(artefact / "heads.safetensors")
@@ -108,6 +113,10 @@ def test_fitting_straight_from_records_equals_fitting_from_the_store(artefact, w
     np.testing.assert_allclose(after["ridge.alpha"], before["ridge.alpha"], rtol=1e-6)
     scale = np.abs(before["ridge.coef"]).max()
     np.testing.assert_allclose(after["ridge.coef"], before["ridge.coef"], atol=1e-3 * scale, rtol=0)
+    shown = capsys.readouterr()
+    assert "tau: the rows were read only once" in " ".join(shown.out.split())
+    assert "embedding" in shown.err
+    assert "scoring" not in shown.err
 
 
 def test_an_embedding_run_that_was_cut_off_goes_on(artefact, world, folder):
@@ -146,7 +155,17 @@ def test_the_demo_runs_and_goes_on_where_it_stopped(tmp_path, capsys):
     assert again == seconds
     with pytest.raises(ValueError, match="other settings|holds a demo"):
         run_demo(tmp_path, scenes=11, caption_steps=2, epochs=1)
-    capsys.readouterr()
+    shown = capsys.readouterr().out.splitlines()
+    rows = {name: row for row in shown for name in ("untrained", "safety") if row.strip().startswith(name)}
+    assert "%" in rows["safety"]
+    assert "%" not in rows["untrained"]  # half a point of a score from 0 to 1 says nothing
+
+
+def test_the_demo_leaves_the_folders_of_others_alone(tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("mine")
+    assert run("demo", f"--workdir={tmp_path}") == 1
+    assert "is not empty and holds no demo" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)
@@ -170,12 +189,32 @@ def test_the_program_teaches_and_corrects(capsys):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("score",), 2, "--checkpoint"),
-        (("score", "--chekpoint=x"), 2, "checkpoint"),
+        (("score",), 2, "--checkpoint is missing: give it as --checkpoint=VALUE"),
+        (("score", "--chekpoint=x"), 2, "there is no flag --chekpoint; did you mean --checkpoint?"),
+        (("score", "--dtype=float16"), 2, "--dtype=float16: expected one of float32, bfloat16"),
+        (("score", "--truncate=maybe"), 2, "--truncate=maybe: expected true or false"),
+        (("score", "--window=many"), 2, "--window=many: expected a whole number"),
+        (("score", *PATHS, "--window=0"), 2, "--window=0: expected a whole number, 1 or more"),
+        (("score", *PATHS, "--max_rejected=nan"), 2, "--max_rejected=nan: expected a share, from 0 to 1"),
+        (("score", *PATHS, "--max-rejected=2"), 2, "--max_rejected=2.0: expected a share, from 0 to 1"),
+        (("fog",), 2, "there is no verb 'fog'. The verbs: demo"),
         (("score", "--checkpoint=nowhere", "--input=x", "--output=y"), 1, "no such folder"),
-        (("fit", "--checkpoint=nowhere"), 1, "either --embeddings"),
+        (("fit", "--checkpoint=nowhere"), 1, "give one of --embeddings (a folder that `embed` wrote) or --input"),
+        (("fit", "--checkpoint=a", "--embeddings=b", "--input=c"), 1, "(records), not both"),
+        (("evaluate", "--scores=a", "--input=b", "--target_range=1"), 1, "--target_range=1: expected two numbers"),
+        (("train", "--config=nowhere.py", "--workdir=w"), 2, "--config=nowhere.py: there is no file nowhere.py"),
+        ((*TRAIN, "--config.batch_size=many"), 2, "--config.batch_size=many: expected a whole number"),
+        ((*TRAIN, "--config.learning_rate=1"), 2, "did you mean --config.optimizer.learning_rate?"),
+        ((*TRAIN, "--config.optimizer.lr=1"), 2, "settings of config.optimizer: learning_rate"),
+        ((*TRAIN, "--config.model.checkpoint=x", "--config.data.train=y"), 1, "x: no such folder. Nothing is fetched"),
+        ((*TRAIN, "--config.optimizer.b1=nan"), 1, "config.optimizer.b1 = nan: expected a number in [0, 1)"),
+        (
+            ("train", f"--config={CONFIGS / 'official.py'}:claimd", "--workdir=w"),
+            2,
+            "claimd: the variants are effective",
+        ),
         (("export", "--checkpoint=a", "--output=b", "--format=onnx"), 2, "onnx"),
-        (("train", f"--config={CONFIGS / 'lora.py'}", "--workdir=w", "--config.bach_size=2"), 2, "bach_size"),
+        ((*TRAIN, "--config.bach_size=2"), 2, "--config.bach_size is not a setting; did you mean --config.batch_size?"),
     ],
 )
 def test_wrong_use_is_explained(arguments, code, message, capsys, tmp_path, monkeypatch):
@@ -186,6 +225,32 @@ def test_wrong_use_is_explained(arguments, code, message, capsys, tmp_path, monk
         found = stop.code
     assert found == code
     assert message in capsys.readouterr().err
+
+
+def test_paths_of_the_wrong_kind_are_explained(artefact, world, tmp_path, capsys):
+    command = (f"--checkpoint={artefact}", f"--input={world.heldout}")
+    assert run("score", *command, f"--output={tmp_path}") == 1
+    assert f"{tmp_path}: is a folder; give the file for the scores" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert run("embed", *command, f"--output={tmp_path / 'file'}") == 1
+    assert "file: is a file, and a folder is written here" in capsys.readouterr().err
+
+
+def test_help_of_train_lists_the_settings(capsys):
+    with pytest.raises(SystemExit):
+        run("train", "--help")
+    text = capsys.readouterr().out
+    assert "--config.optimizer.warmup_ratio" in text
+    assert "share of the steps in which the rate rises linearly from zero. (default: 0.0)" in " ".join(text.split())
+
+
+def test_tokenizers_load_without_advice_to_install_torch(base):
+    code = "import sys; from multitap_jax.data.prompts import load_tokenizer; load_tokenizer(sys.argv[1])"
+    env = {name: value for name, value in os.environ.items() if "TRANSFORMERS" not in name}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(base)], check=True, cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert "PyTorch" not in done.stderr
 
 
 def test_the_program_starts_without_touching_torch():

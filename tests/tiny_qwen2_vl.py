@@ -5,8 +5,6 @@ Weights are drawn so that activations are O(1): the default initialisation (devi
 
 import dataclasses
 import json
-import re
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +16,7 @@ from multitap_jax.backbones.vision import CLIP_MEAN, CLIP_STD
 from multitap_jax.batch import PackedBatch
 from multitap_jax.families import from_config, weight_table
 from multitap_jax.weights.mapping import named_params, plan
+from tests.families.common import random_torch_model, random_weight
 
 IMAGE = 151
 PATCH_FEATURES = 3 * 14 * 14
@@ -69,31 +68,7 @@ def tiny_config(**changes) -> dict:
 
 def torch_model(config: dict, seed: int = 0):
     """transformers' Qwen2VLForConditionalGeneration with the weights of `random_weight`, float32, in eval mode."""
-    torch = pytest.importorskip("torch")
-    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
-
-    torch.set_num_threads(2)
-    # transformers 5 moves entries out of the mapping it is given, so it gets its own.
-    hf_config = Qwen2VLConfig(
-        **{key: dict(value) if isinstance(value, dict) else value for key, value in config.items()}
-    )
-    hf_config._attn_implementation = "sdpa"
-    model = Qwen2VLForConditionalGeneration(hf_config).eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.copy_(torch.from_numpy(random_weight(name, tuple(weight.shape), seed)))
-    return model
-
-
-def random_weight(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """float32 weights that keep activations O(1); the same for a tensor under any of its names."""
-    plain = re.sub(r"^(model\.)?(language_model\.)?", "", name)
-    noise = np.random.default_rng([seed, zlib.crc32(plain.encode())]).standard_normal(shape).astype(np.float32)
-    if "embed_tokens" in name:
-        return noise
-    if len(shape) > 1:
-        return noise / np.float32(np.prod(shape[1:]) ** 0.5)
-    return np.float32(0.3) * noise + np.float32(0 if name.endswith("bias") else 1)
+    return random_torch_model("Qwen2VLForConditionalGeneration", "Qwen2VLConfig", config, seed)
 
 
 def write_folder(folder: Path, config: dict, seed: int = 0) -> Path:

@@ -73,12 +73,16 @@ def _share(hidden: int, heads: int) -> int:
 
 
 def check(config: Config, what: str) -> Config:
-    """The configuration itself, once every number of it and of its parts is possible.
+    """The configuration itself, once every number of its parts is possible, and they fit each other.
+
+    A configuration may say with `inconsistencies()`, as its parts do, what does not fit between them.
 
     Raises:
       ConfigError: lists what is not.
     """
     problems = [problem for part in _parts(config) for problem in _problems(part)]
+    if hasattr(config, "inconsistencies"):
+        problems += list(config.inconsistencies())
     if problems:
         raise ConfigError(f"config.json does not describe {what}:\n" + "\n".join(problems))
     return config

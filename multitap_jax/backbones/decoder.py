@@ -5,7 +5,7 @@ One module for all of them; what differs (biases, norms of queries and keys, rot
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -113,21 +113,37 @@ class TextLayer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Token table, stacked decoder layers, final norm."""
+    """Token table, stacked decoder layers (of `layer`, a `TextLayer`), final norm."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        layer: Callable[..., TextLayer] = TextLayer,
+        rngs: nnx.Rngs,
+        param_dtype: jnp.dtype,
+    ):
         self.embed = Embedding(config.vocab_size, config.hidden_size, rngs=rngs, param_dtype=param_dtype)
-        self.layers = TextLayer(config, rngs=rngs, param_dtype=param_dtype, stack=config.num_layers)
+        self.layers = layer(config, rngs=rngs, param_dtype=param_dtype, stack=config.num_layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype=param_dtype)
         self.config = config
 
-    def __call__(self, x: jax.Array, batch: PackedBatch, execution: Execution) -> jax.Array:
-        """[B, S, H] input embeddings -> float32[B, K, H], final-norm states at `batch.pool`."""
-        return self.pool(run_layers(self.layers, x, *self.shared(batch, execution), execution=execution), batch)
+    def __call__(
+        self, x: jax.Array, batch: PackedBatch, execution: Execution, *more: Any, each: tuple[Any, ...] = ()
+    ) -> jax.Array:
+        """[B, S, H] input embeddings -> float32[B, K, H], final-norm states at `batch.pool`.
 
-    def hidden_states(self, x: jax.Array, batch: PackedBatch, execution: Execution) -> jax.Array:
+        `more` goes to all layers besides angles and visibility, slices of `each` to one (`stack.run_layers`).
+        """
+        shared = (*self.shared(batch, execution), *more)
+        return self.pool(run_layers(self.layers, x, *shared, each=each, execution=execution), batch)
+
+    def hidden_states(
+        self, x: jax.Array, batch: PackedBatch, execution: Execution, *more: Any, each: tuple[Any, ...] = ()
+    ) -> jax.Array:
         """[L + 1, B, S, H]: the embeddings `x` and the output of each layer, before the final norm."""
-        return collect_layers(self.layers, x, *self.shared(batch, execution), execution=execution)
+        shared = (*self.shared(batch, execution), *more)
+        return collect_layers(self.layers, x, *shared, each=each, execution=execution)
 
     def shared(self, batch: PackedBatch, execution: Execution) -> tuple[Angles, Visibility]:
         """What every layer gets besides its input."""
@@ -143,5 +159,9 @@ class Decoder(nnx.Module):
 def place_features(x: jax.Array, features: jax.Array, batch: PackedBatch) -> jax.Array:
     """[B, S, H] token embeddings with image features [cells of the batch, H] at image tokens."""
     cell = jnp.asarray(batch.image_cell)
-    image = jnp.take(features, jnp.maximum(cell, 0), axis=0, mode="fill")
-    return jnp.where(cell[:, :, None] >= 0, image.astype(x.dtype), x)
+    return jnp.where(cell[:, :, None] >= 0, image_features(features, cell).astype(x.dtype), x)
+
+
+def image_features(features: jax.Array, cell: jax.Array) -> jax.Array:
+    """[B, S, H]: the features [cells of the batch, H] that int32[B, S] `cell` names; anything where it is negative."""
+    return jnp.take(features, jnp.maximum(cell, 0), axis=0, mode="fill")

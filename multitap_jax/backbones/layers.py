@@ -117,6 +117,16 @@ def quick_gelu(x: jax.Array) -> jax.Array:
     return x * jax.nn.sigmoid(jnp.asarray(1.702, x.dtype) * x)
 
 
+def gated(gate: jax.Array, x: jax.Array) -> jax.Array:
+    """x * tanh(gate) with a gate of one value, whose tanh is taken in float32."""
+    return x * jnp.tanh(gate.astype(jnp.float32)).astype(x.dtype).reshape((1,) * x.ndim)
+
+
+def tanh_gelu(x: jax.Array) -> jax.Array:
+    """The GELU with a tanh in place of the error function. Named, so that two models that have it are equal trees."""
+    return jax.nn.gelu(x, approximate=True)
+
+
 def inverse_frequencies(dim: int, theta: float) -> np.ndarray:
     """float32[dim / 2], theta^(-2i / dim)."""
     exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)

@@ -84,6 +84,11 @@ class Rope:
         """What does not fit a head of `head_dim`."""
         if self.sections is not None and 2 * sum(self.sections) != head_dim:
             yield f"mrope_section = {list(self.sections)} must add up to half the head size {head_dim}"
+        elif self.sections is not None and self.interleaved and 6 * max(self.sections[1:]) > head_dim:
+            yield (
+                f"mrope_section = {list(self.sections)} gives height or width more than every third of the "
+                f"{head_dim // 2} frequencies, but they are interleaved"
+            )
 
     def axes(self, head_dim: int) -> np.ndarray:
         """int[D / 2]: the axis (0 time, 1 height, 2 width) that each frequency turns with."""

@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from multitap_jax.backbones.attention import check_backend
@@ -52,28 +54,82 @@ class Execution:
         return jnp.dtype(self.dtype)
 
 
-def run_layers(layers: Any, x: jax.Array, *shared: Any, execution: Execution) -> jax.Array:
-    """x <- layer(x, *shared) for each layer of a stacked module.
+def run_layers(layers: Any, x: jax.Array, *shared: Any, each: tuple[Any, ...] = (), execution: Execution) -> jax.Array:
+    """x <- layer(x, *shared, *own) for each layer of a stacked module.
 
     Args:
-      layers: a module whose every array has a leading layer axis L.
+      layers: a module whose every array has a leading layer axis L; L may be 0.
       x: [B, S, H], the input of the first layer.
       *shared: what every layer gets besides: rotary angles, visibility.
+      each: what every layer gets of its own: arrays (or trees of them) with a leading L, of which it gets its slice.
       execution: scan or loop, and what to rematerialise.
 
     Returns:
       [B, S, H], the output of the last layer.
     """
-    pin = functools.partial(_pin, execution.mesh)
-    step = lambda x, layer: (pin(layer(pin(x), *shared)), None)
-    if execution.remat != "none":
-        # A scan keeps XLA from merging the recomputation with the forward pass; an unrolled loop needs the barrier.
-        step = jax.checkpoint(step, policy=_POLICIES[execution.remat], prevent_cse=execution.layers == "loop")
+    step = _step(shared, execution)
+    return run_groups(lambda x, part: (step(x, *part), None), x, (layers, *each), execution=execution)[0]
+
+
+def run_layer(layer: Any, x: jax.Array, *shared: Any, execution: Execution) -> jax.Array:
+    """layer(x, *shared) for one layer that is not stacked, sharded and rematerialised as those of a stack."""
+    return _step(shared, execution)(x, layer)
+
+
+def run_groups(
+    step: Callable[[Any, Any], tuple[Any, Any]], x: Any, groups: Any, *, execution: Execution
+) -> tuple[Any, Any]:
+    """As `jax.lax.scan(step, x, groups)`, scanned or unrolled as `execution` says.
+
+    A group is whatever stands at one index of the leading axis of all arrays of `groups`: a layer, layers of several
+    kinds that repeat together, a layer and its number.
+    """
     if execution.layers == "scan":
-        return jax.lax.scan(step, x, layers)[0]
-    for layer in _unstack(layers):
-        x, _ = step(x, layer)
-    return x
+        return jax.lax.scan(step, x, groups)
+    outputs = []
+    for group in _unstack(groups):
+        x, output = step(x, group)
+        outputs.append(output)
+    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs) if outputs else None
+
+
+def keep_layers(
+    layers: Any, x: jax.Array, *shared: Any, keep: Sequence[int], each: tuple[Any, ...] = (), execution: Execution
+) -> tuple[jax.Array, jax.Array]:
+    """As `run_layers`, and also gives states on the way, without holding the others.
+
+    Args:
+      keep: which of the L + 1 states that `collect_layers` gives, each at most once; 0 is `x`, i + 1 follows layer i.
+
+    Returns:
+      [B, S, H], the output of the last layer; [len(keep), B, S, H], the states of `keep`, in its order.
+    """
+    step = _step(shared, execution)
+    slots = np.full(num_layers(layers) + 1, len(keep), np.int32)  # the slot after the last takes what nobody wants
+    slots[list(keep)] = np.arange(len(keep))
+
+    def put(states: jax.Array, x: jax.Array, slot: Any) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(states, x, slot, 0)
+
+    def group(carry: tuple[jax.Array, jax.Array], part: tuple[Any, ...]) -> tuple[Any, None]:
+        (x, states), (slot, layer, *own) = carry, part
+        x = step(x, layer, *own)
+        return (x, put(states, x, slot)), None
+
+    states = put(jnp.zeros((len(keep) + 1, *x.shape), x.dtype), x, jnp.asarray(slots[0]))
+    groups = (jnp.asarray(slots[1:]), layers, *each)
+    (x, states), _ = run_groups(group, (x, states), groups, execution=execution)
+    return x, states[: len(keep)]
+
+
+def _step(shared: tuple[Any, ...], execution: Execution) -> Callable[..., jax.Array]:
+    """(x, layer, *own) -> layer(x, *shared, *own), held to the batch's sharding and rematerialised as asked."""
+    pin = functools.partial(_pin, execution.mesh)
+    step = lambda x, layer, *own: pin(layer(pin(x), *shared, *own))
+    if execution.remat == "none":
+        return step
+    # A scan keeps XLA from merging the recomputation with the forward pass; an unrolled loop needs the barrier.
+    return jax.checkpoint(step, policy=_POLICIES[execution.remat], prevent_cse=execution.layers == "loop")
 
 
 def _pin(mesh: jax.sharding.Mesh | None, x: jax.Array) -> jax.Array:
@@ -82,22 +138,26 @@ def _pin(mesh: jax.sharding.Mesh | None, x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*[None] * x.ndim)))
 
 
-def collect_layers(layers: Any, x: jax.Array, *shared: Any, execution: Execution) -> jax.Array:
+def collect_layers(
+    layers: Any, x: jax.Array, *shared: Any, each: tuple[Any, ...] = (), execution: Execution
+) -> jax.Array:
     """As `run_layers`, but returns [L + 1, B, S, H]: the input and the output of every layer. Nothing is recomputed."""
 
-    def step(x: jax.Array, layer: Any) -> tuple[jax.Array, jax.Array]:
-        x = layer(x, *shared)
+    def step(x: jax.Array, slices: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+        layer, *own = slices
+        x = layer(x, *shared, *own)
         return x, x
 
-    if execution.layers == "scan":
-        return jnp.concatenate([x[None], jax.lax.scan(step, x, layers)[1]])
-    outputs = [x]
-    for layer in _unstack(layers):
-        outputs.append(layer(outputs[-1], *shared))
-    return jnp.stack(outputs)
+    outputs = run_groups(step, x, (layers, *each), execution=execution)[1]
+    return x[None] if outputs is None else jnp.concatenate([x[None], outputs])
 
 
-def _unstack(layers: Any) -> list[Any]:
-    """The L modules of a stacked one."""
-    count = jax.tree.leaves(layers)[0].shape[0]
-    return [jax.tree.map(lambda leaf, index=index: leaf[index], layers) for index in range(count)]
+def num_layers(layers: Any) -> int:
+    """L of a stacked module."""
+    return jax.tree.leaves(layers)[0].shape[0]
+
+
+def _unstack(stacked: Any) -> list[Any]:
+    """The L slices of stacked trees."""
+    count = num_layers(stacked)
+    return [jax.tree.map(lambda leaf, index=index: jnp.asarray(leaf)[index], stacked) for index in range(count)]

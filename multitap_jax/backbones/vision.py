@@ -44,6 +44,8 @@ class Pixels:
 
     def inconsistencies(self, channels: int = 3) -> Iterator[str]:
         """What is wrong with the numbers."""
+        if self.patch_size <= 0:
+            yield f"patch_size = {self.patch_size} must be positive"
         if len(self.mean) != channels or len(self.std) != channels:
             yield f"image_mean and image_std need {channels} values, one a channel"
         if any(value <= 0 for value in self.std):
@@ -101,11 +103,13 @@ class FusedAttention(nnx.Module):
         self.proj = Linear(("heads", "vision"), (size, size), **options)
         self.heads = heads
 
-    def __call__(self, x: jax.Array, angles: Angles, visibility: Visibility) -> jax.Array:
-        """[R, P, E] -> [R, P, E]."""
+    def __call__(
+        self, x: jax.Array, angles: Angles, *seen: Any, attend: Callable[..., jax.Array] = attention
+    ) -> jax.Array:
+        """[R, P, E] -> [R, P, E]; `attend` knows what `seen` is, `attention` takes a visibility."""
         shape = (*x.shape[:2], self.heads, -1)
         q, k, v = (part.reshape(shape) for part in jnp.split(self.qkv(x), 3, axis=-1))
-        out = attention(rotate(q, angles), rotate(k, angles), v, visibility)
+        out = attend(rotate(q, angles), rotate(k, angles), v, *seen)
         return self.proj(out.reshape(x.shape))
 
 

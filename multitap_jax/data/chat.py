@@ -1,7 +1,7 @@
 """Chat formats: how each family writes a conversation down. The pieces are those of the published chat templates."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 IMAGE = None  # a part of a message that stands for one image
 Part = str | None
@@ -22,6 +22,7 @@ class ChatFormat:
       text: a text part, with `{text}`.
       images_first: images of a message come before all of its texts.
       upper_role: roles are written in capitals.
+      opened: the tokenizer puts first tokens of its own (BOS) in front of a conversation.
     """
 
     turn: str
@@ -33,6 +34,7 @@ class ChatFormat:
     text: str = "{text}"
     images_first: bool = False
     upper_role: bool = False
+    opened: bool = False
 
     def render(self, messages: Sequence[Message]) -> str:
         """The conversation as one string, as the chat template gives it without a generation prompt."""
@@ -47,10 +49,51 @@ class ChatFormat:
         return "".join(out)
 
 
+_LLAMA_TURN = "<|start_header_id|>{role}<|end_header_id|>\n\n"
+
+# The standard system message goes with texts only; the date is the template's own where nobody gives one.
+LLAMA32_VISION = ChatFormat(
+    begin="<|begin_of_text|>",
+    begin_text="<|begin_of_text|>"
+    + _LLAMA_TURN.replace("{role}", "system")
+    + "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n<|eot_id|>",
+    turn=_LLAMA_TURN,
+    close="<|eot_id|>",
+    image="<|image|>",
+    placeholder="<|image|>",
+)
+
+# Also that of Qwen2.5-VL, whose published template is the same.
 QWEN2_VL = ChatFormat(
     begin="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
     turn="<|im_start|>{role}\n",
     close="<|im_end|>\n",
     image="<|vision_start|><|image_pad|><|vision_end|>",
     placeholder="<|image_pad|>",
+)
+
+# Without the standard system message. The published template shows images of user messages alone; the official prompts
+# have them in the assistant's, where they are written the same way here.
+QWEN3_VL = replace(QWEN2_VL, begin="")
+
+# LLaVA-1.5 on Vicuna.
+LLAVA = ChatFormat(
+    turn="{role}: ",
+    close="",
+    image="<image>\n",
+    placeholder="<image>",
+    text="{text} ",
+    images_first=True,
+    upper_role=True,
+    opened=True,
+)
+
+# LLaVA on Qwen2.
+LLAVA_QWEN2 = ChatFormat(
+    turn="<|im_start|>{role} ",
+    close="<|im_end|>",
+    image="<image>",
+    placeholder="<image>",
+    text="\n{text}",
+    images_first=True,
 )

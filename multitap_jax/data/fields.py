@@ -25,11 +25,12 @@ class ImagePaths:
       allow_outside_root: let paths be absolute or leave `root`.
       decode: decode every picture; otherwise only look whether the file is there.
       need: False accepts files that are absent.
+      flags: what flags begin with in the remedies.
     """
 
-    def __init__(self, root: Path, *, allow_outside_root: bool, decode: bool, need: bool):
+    def __init__(self, root: Path, *, allow_outside_root: bool, decode: bool, need: bool, flags: str = "--"):
         self.root, self.real_root = root, os.path.realpath(root)
-        self.allow_outside_root, self.decode, self.need = allow_outside_root, decode, need
+        self.allow_outside_root, self.decode, self.need, self.flags = allow_outside_root, decode, need, flags
         # Bounded, so that a file of any length is read in constant memory.
         self.folder_inside = functools.lru_cache(maxsize=65_536)(self._inside)
         self.problem = functools.lru_cache(maxsize=65_536)(_image_problem)
@@ -60,7 +61,7 @@ class ImagePaths:
         folder, last = os.path.split(path)
         mode = _mode(path, follow=False)
         if not self.allow_outside_root:
-            remedy = "move it inside, or use --allow-outside-root"
+            remedy = f"move it inside, or use {self.flags}allow_outside_root=True"
             if os.path.isabs(name):
                 raise BadRecord(f"image {name} is absolute, but paths are relative to the records file; {remedy}")
             plain = last not in ("", ".", "..") and not (mode is not None and stat.S_ISLNK(mode))

@@ -80,6 +80,14 @@ class ImageReader:
                     width, height = height, width
         return self._grid(source, height, width)
 
+    def checked_grid_of(self, source: Source) -> Grid:
+        """As `grid_of`, after decoding the whole picture, so that one that breaks below its header is found now."""
+        image = decode_image(source, max_pixels=self.max_pixels)
+        grid, stated = self._grid(source, image.height, image.width), self.grid_of(source)
+        if grid != stated:
+            raise ImageError(f"{source_name(source)}: its header says {stated}, its pixels {grid}; save it anew")
+        return grid
+
     def _grid(self, source: Source, height: int, width: int) -> Grid:
         if max(height, width) > MAX_ASPECT * min(height, width):
             raise ImageError(

@@ -16,7 +16,13 @@ from multitap_jax.data.decode import ImageError
 Grid = tuple[int, ...]
 
 # kind -> the numbers that follow it
-POLICIES = {"square": ("SIDE",), "native": ("MIN_PIXELS", "MAX_PIXELS")}
+POLICIES = {
+    "square": ("SIDE",),
+    "native": ("MIN_PIXELS", "MAX_PIXELS"),
+    "crop": ("SIDE",),
+    "tiles": ("MAX_TILES",),
+    "anyres": ("MAX_TILES",),
+}
 MODES = ("mrope", "flat")
 
 
@@ -27,6 +33,12 @@ class ImagePolicy:
     "square:SIDE" stretches every picture to SIDE x SIDE, bicubic, as the official evaluation does (SIDE = 560).
     "native:MIN_PIXELS:MAX_PIXELS" keeps the aspect ratio and the number of pixels within bounds, as the Qwen2-VL
     processor does.
+    "tiles:MAX_TILES" keeps the aspect ratio and cuts the picture into at most that many tiles of the model's size, as
+    the Llama-3.2-Vision processor does (MAX_TILES = 4).
+    "crop:SIDE" brings the shorter side to SIDE, bicubic, and cuts SIDE x SIDE out of the middle, as the CLIP processor
+    does.
+    "anyres:MAX_TILES" shows a small picture of the whole and up to MAX_TILES tiles of a large one, as LLaVA-OneVision's
+    processor does for a prompt with one picture (there up to 36).
     """
 
     kind: str
@@ -34,7 +46,7 @@ class ImagePolicy:
 
     @classmethod
     def parse(cls, text: str) -> "ImagePolicy":
-        """Reads "square:560" or "native:3136:1003520". Raises ImageError naming the text and the forms."""
+        """Reads "square:560", "native:3136:1003520" or "tiles:4". Raises ImageError naming the text and the forms."""
         kind, *numbers = text.split(":")
         if all(number.isascii() and number.isdigit() and int(number) > 0 for number in numbers):
             values = tuple(int(number) for number in numbers)
@@ -43,7 +55,7 @@ class ImagePolicy:
         forms = " or ".join(":".join((kind, *names)) for kind, names in POLICIES.items())
         raise ImageError(
             f"image policy {text!r} is not known: write {forms}, with whole numbers from 1 on and MIN_PIXELS <= "
-            "MAX_PIXELS (for example square:560, native:3136:1003520)"
+            "MAX_PIXELS (for example square:560, native:3136:1003520, tiles:4)"
         )
 
     def __str__(self) -> str:
@@ -58,12 +70,14 @@ class Layout(ABC):
       patch_size: pixels a side of a patch.
       block: patches of a block of a vision row, and the feature cells that the backbone makes of it; pictures take
         whole blocks.
+      coordinates: numbers that place a patch, the last dimension of `PackedBatch.patch_position`.
       apart: the backbone keeps image features out of the row: an image is one token, which tells where it stands.
     """
 
     policy: ImagePolicy
     patch_size: int
     block: tuple[int, int]
+    coordinates: int = 2
     apart: bool = False
 
     @property
@@ -85,7 +99,7 @@ class Layout(ABC):
 
     @abstractmethod
     def patch_positions(self, grid: Grid) -> np.ndarray:
-        """int32[P, 2], (row, column) of each patch."""
+        """int32[P, coordinates], (row, column) of each patch, or what else `PackedBatch.patch_position` says."""
 
     def real_patches(self, grid: Grid) -> np.ndarray:
         """bool[P]: False where a patch only fills up a block and holds nothing of the picture."""

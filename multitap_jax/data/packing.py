@@ -80,7 +80,7 @@ def empty_batch(shape: Shape, vision: Vision) -> PackedBatch:
         weight=np.zeros((b, k), np.float32),
         image_token=np.full((b, i), -1, np.int32),
         patches=np.zeros((r, p, vision.layout.features), np.uint8),
-        patch_position=np.zeros((r, p, 2), np.int32),
+        patch_position=np.zeros((r, p, vision.layout.coordinates), np.int32),
         patch_segment=np.zeros((r, p), np.int32),
     )
 

@@ -1,16 +1,14 @@
 """The training pipeline: records -> plan -> packed batches of one fixed shape, read ahead by grain.
 
-Everything that decides a batch is known before the first step (token lengths from the tokenizer, image sizes from
-the file headers), so one shape that holds every step is found once and the training step compiles once. Pixels are
-decoded on demand by the loader's threads.
+Everything that decides a batch is known before the first step (`prepare` has the token lengths, and has seen every
+picture), so one shape that holds every step is found once and the training step compiles once. Pixels are decoded again
+on demand by the loader's threads: all of them would not fit into memory.
 """
 
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterator
 
 import grain
 import numpy as np
@@ -18,12 +16,12 @@ import numpy as np
 from multitap_jax.batch import PackedBatch
 from multitap_jax.data.decode import ImageError
 from multitap_jax.data.images import ImagePatches, ImageReader
-from multitap_jax.data.layouts import Grid, Vision
+from multitap_jax.data.layouts import Vision
 from multitap_jax.data.packing import Example, Shape, group_examples, pack
 from multitap_jax.data.placement import Cell, Need, need, place
 from multitap_jax.data.plan import plan_epoch
-from multitap_jax.data.prompts import Prompter, PromptError
-from multitap_jax.data.records import Record, Rejected
+from multitap_jax.data.prepare import Prepared
+from multitap_jax.data.records import Rejected
 from multitap_jax.data.shapes import (
     ROW_LENGTHS,
     choose_row_length,
@@ -32,79 +30,6 @@ from multitap_jax.data.shapes import (
     texts_per_row,
     vision_length,
 )
-
-
-class Prepared(NamedTuple):
-    """Encoded pairs with what was left out: parallel lists `examples`, `ids`; files and grids of the image keys."""
-
-    examples: list[Example]
-    ids: list[str]
-    files: dict[Hashable, Path]
-    grids: dict[Hashable, Grid]
-    rejected: list[Rejected]
-
-
-def target_of(record: Record, target: str, target_range: tuple[float, float]) -> float | None:
-    """The number to learn, mapped so that `target_range` becomes [0, 1]; None where the record has none.
-
-    Raises:
-      ValueError: for a target that is neither "score" nor "ratings.NAME", or outside of the range.
-    """
-    if target == "score":
-        value = record.score
-    elif target.startswith("ratings."):
-        value = record.ratings.get(target.removeprefix("ratings."))
-    else:
-        raise ValueError(f"target {target!r}: expected score or ratings.NAME")
-    if value is None:
-        return None
-    low, high = target_range
-    if not low <= value <= high:
-        raise ValueError(f"{target} = {value} lies outside of target_range {low} to {high}")
-    return (value - low) / (high - low)
-
-
-def prepare(
-    records: Sequence[Record],
-    prompter: Prompter,
-    reader: ImageReader,
-    vision: Vision,
-    *,
-    target: str = "score",
-    target_range: tuple[float, float] = (0.0, 1.0),
-    max_length: int = 2048,
-) -> Prepared:
-    """Encodes records for training; a record without a usable target, text or image header goes to `rejected`.
-
-    Images are identified by a hash of the file's bytes, so copies of one picture are one image.
-    """
-    encoded = prompter.encode([r.text for r in records], [r.request for r in records], [len(r.images) for r in records])
-    out = Prepared([], [], {}, {}, [])
-    known: dict[Path, Hashable] = {}
-    for record, item in zip(records, encoded, strict=True):
-        try:
-            if isinstance(item, PromptError):
-                raise item
-            value = target_of(record, target, target_range)
-            if value is None:
-                raise ValueError(f"the record has no {target}")
-            for path in record.images:
-                if path not in known:
-                    key = hashlib.sha256(path.read_bytes()).hexdigest()
-                    out.grids[key] = reader.grid_of(path)
-                    known[path] = key
-                    out.files[key] = path
-            keys = tuple(known[path] for path in record.images)
-            cells = sum(vision.layout.num_tokens(out.grids[key]) - 1 for key in keys)
-            length = len(item.prefix) + cells + len(item.text)
-            if length > max_length:
-                raise ValueError(f"the pair has {length} tokens, more than max_length = {max_length}")
-        except (PromptError, ImageError, ValueError, OSError) as error:
-            out.rejected.append(Rejected(record.line, record.id, str(error)))
-            continue
-        out.examples.append(Example(item.prefix, item.text, keys, value))
-        out.ids.append(record.id)
-    return out
 
 
 class PackedDataset:
@@ -121,7 +46,8 @@ class PackedDataset:
       shuffle: see `plan_epoch`.
       row_length: tokens a row; 0 chooses.
       cells: data shards x micro-batches; each gets an equal contiguous share of rows and of vision rows.
-      on_failure: told of each image that could not be decoded; its pairs get weight 0.
+      on_failure: told once, by a thread of the loader, of the records of a picture that cannot be read any more; they
+        have weight 0 in the batches built without it.
 
     Attributes:
       num_steps: steps of all epochs.
@@ -142,7 +68,7 @@ class PackedDataset:
         shuffle: str = "groups",
         row_length: int = 0,
         cells: int = 1,
-        on_failure: Callable[[str, str], None] | None = None,
+        on_failure: Callable[[list[Rejected]], None] | None = None,
     ):
         if not prepared.examples:
             raise ValueError("no usable pairs: every record was rejected or the file is empty")
@@ -230,11 +156,17 @@ class PackedDataset:
             return image
         except (ImageError, OSError) as error:
             broken.add(key)
-            with self._lock:
-                if key not in self._told and self._on_failure is not None:
-                    self._on_failure(str(path), str(error))
-                self._told.add(key)
+            self._tell(key, str(error))
             return ImagePatches(np.zeros((self._patches[key], self._vision.layout.features), np.uint8), grid, str(key))
+
+    def _tell(self, key: Hashable, reason: str) -> None:
+        with self._lock:
+            if key in self._told:
+                return
+            self._told.add(key)
+        if self._on_failure is not None:
+            rows = zip(self._data.examples, self._data.lines, self._data.ids, strict=True)
+            self._on_failure([Rejected(line, name, reason) for example, line, name in rows if key in example.images])
 
     def __getitem__(self, step: int) -> PackedBatch:
         """The batch of one step; NumPy arrays of `shape`."""

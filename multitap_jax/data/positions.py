@@ -26,11 +26,13 @@ def expand_prefix(
       those of the images before it, -1 for text; the position at which a text that follows starts.
 
     Raises:
-      ValueError: placeholders and grids differ in number.
+      ValueError: placeholders and grids differ in number, or images that the backbone keeps apart stand apart.
     """
     where = np.flatnonzero(prefix == vision.placeholder)
     if len(where) != len(grids):
         raise ValueError(f"the prompt has {len(where)} image placeholders, but the record has {len(grids)} images")
+    if vision.layout.apart and np.any(np.diff(where) != 1):
+        raise ValueError("the images of a prompt must stand next to each other: later texts see all of them or none")
     tokens, positions, cells = [], [], []
     current = 0
 

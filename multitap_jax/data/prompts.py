@@ -2,7 +2,7 @@
 
 The official prompts (kaist-cvml/MULTI-TAP, the behaviour only) put the image before the text that is judged, so all
 texts of one image share everything up to the text: the prefix. Prefix and text are tokenised apart. That is exact
-because the split follows a control token, and tokenizers never merge across one:
+because the split follows a control token, and tokenizers never merge across one (Qwen2-VL's format, for example):
 
     <|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nDescribe this image.<|im_end|>\n
     <|im_start|>assistant\n<|vision_start|><|image_pad|><|vision_end|> | {text}<|im_end|>\n
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from multitap_jax.data.chat import IMAGE, QWEN2_VL, ChatFormat, Message
+from multitap_jax.parallel.host import hush_transformers
 
 DEFAULT_REQUEST = "Describe this image."
 VARIANTS = ("official-train", "official-eval", "official-stage2")
@@ -52,6 +53,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     Raises:
       FileNotFoundError: if the folder holds no tokenizer.
     """
+    hush_transformers()
     from transformers import AutoTokenizer
 
     folder = Path(folder)
@@ -82,22 +84,30 @@ class Prompter:
         self._tokenizer, self._chat = tokenizer, chat
         self._control = sorted(set(tokenizer.get_added_vocab()), key=len, reverse=True)
         self.placeholder_id = int(tokenizer.convert_tokens_to_ids(chat.placeholder))
-        apart = any(chat.close.startswith(token) for token in self._control)
-        self.closing = self._ids([chat.close])[0] if apart else np.zeros(0, np.int32)
-        self._tail = "" if apart else chat.close
+        _, after = self._rendered(None, 1)
+        apart = any(after.startswith(token) for token in self._control)
+        self.closing = self._ids([after])[0] if apart else np.zeros(0, np.int32)
+        self._tail = "" if apart else after
+        self._opening = np.asarray(tokenizer("")["input_ids"] if chat.opened else [], np.int32)
         self._prefix = lru_cache(maxsize=4096)(self._encode_prefix)
 
     def _ids(self, texts: Sequence[str]) -> list[np.ndarray]:
         rows = self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         return [np.asarray(row, np.int32) for row in rows]
 
-    def _encode_prefix(self, request: str | None, num_images: int) -> tuple[np.ndarray, str]:
-        """Prefix ids, and what has to be tokenised with the text: the prefix's last token and what follows it."""
-        rendered = self._chat.render(conversation(self.variant, request, num_images, _TEXT))
-        before = rendered[: rendered.index(_TEXT)]
+    def _rendered(self, request: str | None, num_images: int) -> tuple[str, str]:
+        """What stands before the judged text, and what after it."""
+        before, _, after = self._chat.render(conversation(self.variant, request, num_images, _TEXT)).partition(_TEXT)
+        return before, after
+
+    def _encode_prefix(self, request: str | None, num_images: int) -> tuple[np.ndarray, str, int]:
+        """Prefix ids; what has to be tokenised with the text: the prefix's last token and what follows it; whether
+        there is such a token (1) or the text follows nothing but what the tokenizer itself opens with (0).
+        """
+        before, _ = self._rendered(request, num_images)
         ends = [(before.rindex(token) + len(token), token) for token in self._control if token in before]
         cut, last = max(ends, key=lambda end: (end[0], len(end[1])), default=(0, ""))
-        return self._ids([before[:cut]])[0], last + before[cut:]
+        return np.concatenate([self._opening, self._ids([before[:cut]])[0]]), last + before[cut:], min(cut, 1)
 
     def _clean(self, text: str, what: str) -> str:
         try:
@@ -119,7 +129,7 @@ class Prompter:
           requests: what the image was asked about, or None.
           num_images: images of each record, placed before the text.
         """
-        prepared: list[tuple[np.ndarray, str] | PromptError] = []
+        prepared: list[tuple[np.ndarray, str, int] | PromptError] = []
         for text, request, images in zip(texts, requests, num_images, strict=True):
             try:
                 clean = self._clean(text, "text").strip().replace('"', " ")
@@ -127,19 +137,19 @@ class Prompter:
                     raise PromptError("the text is empty")
                 if request is not None:
                     self._clean(request, "request")
-                prefix, carried = self._prefix(request, images)
-                prepared.append((prefix, carried + clean + self._tail))
+                prefix, carried, repeated = self._prefix(request, images)
+                prepared.append((prefix, carried + clean + self._tail, repeated))
             except PromptError as error:
                 prepared.append(error)
         ids = iter(self._ids([p[1] for p in prepared if not isinstance(p, PromptError)] or [""]))
 
-        def encoded(prefix: np.ndarray) -> Encoded:
+        def encoded(prefix: np.ndarray, repeated: int) -> Encoded:
             # The prefix's last token was tokenised again in front of the text, so that blanks fall as they do there.
-            text = next(ids)[1 if len(prefix) else 0 :]
-            return Encoded(prefix, np.concatenate([text, self.closing]))
+            return Encoded(prefix, np.concatenate([next(ids)[repeated:], self.closing]))
 
-        return [p if isinstance(p, PromptError) else encoded(p[0]) for p in prepared]
+        return [p if isinstance(p, PromptError) else encoded(p[0], p[2]) for p in prepared]
 
     def shorten(self, text: np.ndarray, room: int) -> np.ndarray:
         """Cuts the tail of `text` to `room` tokens; its closing tokens stay, so the same kind of token is pooled."""
-        return np.concatenate([text[: max(room - len(self.closing), 0)], self.closing])
+        closing = text[-1:] if self._tail else self.closing
+        return np.concatenate([text[: max(room - len(closing), 0)], closing])

@@ -27,6 +27,7 @@ from multitap_jax.data.fields import (
     read_ratings,
     read_string,
 )
+from multitap_jax.data.groups import Links
 from multitap_jax.data.tables import RecordsError, Row, Unreadable, find_records_file, nearest, read_rows
 
 __all__ = [
@@ -115,6 +116,7 @@ def load_records(
     check_images: bool = False,
     require: str | None = None,
     need_images: bool = True,
+    flags: str = "--",
 ) -> RecordSet:
     """Reads a records file, or the only one in a folder, into memory. The arguments of `iter_records`, and:
 
@@ -134,6 +136,7 @@ def load_records(
         check_images=check_images,
         require=require,
         need_images=need_images,
+        flags=flags,
     ):
         if isinstance(item, Record):
             records.append(item)
@@ -141,7 +144,7 @@ def load_records(
             rejected.append(item)
     if rejected_path is not None:
         write_rejected(rejected_path, rejected)
-    check_rejected_share(file, len(records), rejected, max_rejected)
+    check_rejected_share(file, len(records), rejected, max_rejected, flags=flags)
     objectives = tuple(dict.fromkeys(name for record in records for name in record.ratings))
     return RecordSet(records, rejected, _fingerprint(records, file.parent), objectives)
 
@@ -153,6 +156,7 @@ def iter_records(
     check_images: bool = False,
     require: str | None = None,
     need_images: bool = True,
+    flags: str = "--",
 ) -> Iterator[Record | Rejected]:
     """One Record or Rejected for each line of the file, in order; only ids are remembered, in at most 24 bytes each.
 
@@ -162,6 +166,7 @@ def iter_records(
       check_images: decode every picture now; False only looks whether the file is there.
       require: "score" or "ratings.NAME": records without this number are rejected.
       need_images: False accepts records whose pictures are absent (to evaluate scores that exist already).
+      flags: what flags begin with in the remedies: `train` has its settings as --config.data.NAME.
 
     Raises:
       RecordsError: at once for a missing file or wrong header; while reading for damaged Parquet.
@@ -170,13 +175,20 @@ def iter_records(
         raise RecordsError(f"require={require!r}: expected 'score' or 'ratings.NAME'")
     file = find_records_file(path)
     rows = read_rows(file, _check_column)
-    images = ImagePaths(file.parent, allow_outside_root=allow_outside_root, decode=check_images, need=need_images)
-    parser = _Parser(file, images, require)
+    images = ImagePaths(
+        file.parent, allow_outside_root=allow_outside_root, decode=check_images, need=need_images, flags=flags
+    )
+    parser = _Parser(file, images, require, flags)
     return (parser.parse(line, row) for line, row in rows)
 
 
-def check_rejected_share(path: Path, good: int, rejected: list[Rejected], max_rejected: float) -> None:
-    """Raises RecordsError where more than `max_rejected` of the lines are rejected, or none is left."""
+def check_rejected_share(
+    path: Path, good: int, rejected: Sequence[Rejected], max_rejected: float, *, flags: str = "--"
+) -> None:
+    """Raises RecordsError where more than `max_rejected` of the lines are rejected, or none is left.
+
+    `flags` is as in `iter_records`.
+    """
     total = good + len(rejected)
     if total == 0:
         raise RecordsError(f"{path}: no records in the file")
@@ -185,7 +197,7 @@ def check_rejected_share(path: Path, good: int, rejected: list[Rejected], max_re
         raise RecordsError(
             f"{path}: {len(rejected):,} of {total:,} records rejected ({share:.1%}, allowed {max_rejected:.1%}):\n"
             + "\n".join(_first_reasons(rejected))
-            + f"\nMend the records, or accept the loss with --max-rejected={math.ceil(share * 100) / 100:g}"
+            + f"\nMend the records, or accept the loss with {flags}max_rejected={math.ceil(share * 100) / 100:g}"
         )
     if good == 0:
         raise RecordsError(f"{path}: no usable record:\n" + "\n".join(_first_reasons(rejected)))
@@ -207,18 +219,19 @@ def write_rejected(path: Path, rejected: Iterable[Rejected]) -> None:
 
 
 def read_rejected(path: Path) -> list[Rejected]:
-    """What `write_rejected` wrote; nothing where there is no file."""
+    """What `write_rejected` wrote, without a last line that a kill tore; nothing where there is no file."""
     if not path.is_file():
         return []
-    return [Rejected(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
+    return [Rejected(**json.loads(line)) for line in whole.splitlines()]
 
 
 class _Parser:
     """Turns rows into records; remembers the ids seen."""
 
-    def __init__(self, file: Path, images: ImagePaths, require: str | None):
+    def __init__(self, file: Path, images: ImagePaths, require: str | None, flags: str):
         self.is_json = file.suffix == ".jsonl"
-        self.images, self.require = images, require
+        self.images, self.require, self.flags = images, require, flags
         self.seen = SeenIds()
 
     def parse(self, line: int, row: Row) -> Record | Rejected:
@@ -248,8 +261,16 @@ class _Parser:
             line=line,
         )
         if self.require is not None and record.target(self.require) is None:
-            raise BadRecord(f"{self.require} is missing, and this run needs it")
+            raise BadRecord(f"{self.require} is missing, and this run needs it; {self._other_target(record)}")
         return record
+
+    def _other_target(self, record: Record) -> str:
+        names = [f"ratings.{name}" for name, value in record.ratings.items() if value is not None]
+        if record.score is not None:
+            names.insert(0, "score")
+        if not names:
+            return f"add it, or name another number with {self.flags}target=ratings.NAME"
+        return f"the record has {', '.join(names)}: choose one with {self.flags}target={names[0]}"
 
 
 def _check_column(name: str) -> str | None:
@@ -259,7 +280,7 @@ def _check_column(name: str) -> str | None:
     return f"unknown column {name!r}{nearest(name, COLUMNS)} (columns: {', '.join(COLUMNS)}, ratings.NAME)"
 
 
-def _first_reasons(rejected: list[Rejected], count: int = 5) -> list[str]:
+def _first_reasons(rejected: Sequence[Rejected], count: int = 5) -> list[str]:
     lines = [f"  line {item.line}: {item.reason}" for item in rejected[:count]]
     return lines + ([f"  and {len(rejected) - count:,} more"] if len(rejected) > count else [])
 
@@ -284,23 +305,12 @@ def group_keys(records: Sequence[Record]) -> list[str]:
     real = {path: os.path.realpath(path) for record in records for path in record.images}
     base = os.path.commonpath([os.path.dirname(path) for path in real.values()]) if real else ""
     names = {path: "image:" + os.path.relpath(where, base) for path, where in real.items()}
-    parent: dict[str, str] = {}
-
-    def root_of(name: str) -> str:
-        parent.setdefault(name, name)
-        while parent[name] != name:
-            parent[name] = parent[parent[name]]
-            name = parent[name]
-        return name
-
-    labels = []
+    links, labels = Links(), []
     for record in records:
         own = [f"group:{record.group}"] * (record.group is not None) + [names[path] for path in record.images]
         labels.append(own[0])
-        for other in own[1:]:
-            low, high = sorted((root_of(own[0]), root_of(other)))
-            parent[high] = low  # the smallest name stands for all: no matter in which order they were linked
-    return [root_of(label) for label in labels]
+        links.link(own)
+    return [links.root(label) for label in labels]
 
 
 def split_by_group(records: Sequence[Record], share: float, seed: int) -> tuple[list[Record], list[Record]]:

@@ -128,12 +128,12 @@ class StreamPacker:
             if room <= len(self._prompter.closing):
                 return (
                     f"image and prompt alone take {prefix} of {self.max_length} tokens; "
-                    "raise --max-length or choose a smaller image policy"
+                    "raise max_length (--max_length), or train with a smaller image policy"
                 )
             if not self.truncate:
                 return (
                     f"the text has {len(text)} tokens, but only {room} of {self.max_length} are left beside image and "
-                    "prompt; shorten it, raise --max-length, or pass --truncate"
+                    "prompt; shorten it, raise max_length (--max_length), or have it cut with truncate (--truncate)"
                 )
             text = self._prompter.shorten(text, room)
             out.truncated[index] = True

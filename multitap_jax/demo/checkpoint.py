@@ -9,16 +9,19 @@ preprocessor_config.json and model.safetensors under published tensor names.
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from multitap_jax.families import from_config
+from multitap_jax.parallel.host import hush_transformers
 from multitap_jax.weights.hub import save_backbone
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 IMAGE_SIZE = 84
 """Edge in pixels to which the image processor brings pictures: 6 x 6 patches of 14 pixels, 9 image tokens."""
@@ -90,8 +93,11 @@ def build_checkpoint(folder: str | Path, corpus: Iterable[str], *, seed: int) ->
     return folder
 
 
-def train_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
+def train_tokenizer(corpus: Iterable[str]) -> "PreTrainedTokenizerFast":
     """A Qwen2-style byte-level BPE tokenizer whose merges come from `corpus` and the words of the prompts."""
+    hush_transformers()
+    from transformers import PreTrainedTokenizerFast
+
     core = Tokenizer(models.BPE())
     core.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(_SPLIT), "isolated")
@@ -111,7 +117,7 @@ def train_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def model_config(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+def model_config(tokenizer: "PreTrainedTokenizerFast") -> dict[str, Any]:
     """config.json in the flat layout of the published Qwen2-VL folders."""
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     return {

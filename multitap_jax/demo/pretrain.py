@@ -19,7 +19,8 @@ from multitap_jax.backbones import Backbone, Execution
 from multitap_jax.backbones.layers import matmul_precision
 from multitap_jax.batch import PackedBatch
 from multitap_jax.config import OptimizerConfig
-from multitap_jax.data.pipeline import PackedDataset, prepare
+from multitap_jax.data.pipeline import PackedDataset
+from multitap_jax.data.prepare import prepare
 from multitap_jax.data.processing import Processing
 from multitap_jax.data.records import Record, load_records
 from multitap_jax.demo.scenes import draw_scene, scene_rng

@@ -143,7 +143,7 @@ def _summary(models: Sequence[ModelRow]) -> str:
 
 
 def _objective_table(rows: Sequence[ObjectiveRow]) -> str:
-    header = ["Objective", "tau_c", "Within 0.5", "Alpha", "Cross-validated R²"]
+    header = ["Objective", "tau_c", "Within 0.5 points", "Alpha", "Cross-validated R²"]
     cells = (
         [_text(_spell(r.name)), _estimate(r.tau), f"{r.accuracy:.1%}", f"{r.alpha:.3g}", f"{r.cv_score:.3f}"]
         for r in rows
@@ -254,7 +254,7 @@ def plot_objectives(rows: Sequence[ObjectiveRow]) -> bytes:
     values = np.array([row.tau.value for row in rows])
     errors = np.array([[row.tau.value - row.tau.low, row.tau.high - row.tau.value] for row in rows]).T.reshape(2, -1)
     axes.barh(places, values, 0.58, color=_BLUE, xerr=np.maximum(errors, 0), ecolor=_INK, capsize=2.5, label="tau_c")
-    axes.scatter([row.accuracy for row in rows], places, s=30, color=_ORANGE, zorder=3, label="within 0.5 point")
+    axes.scatter([row.accuracy for row in rows], places, s=30, color=_ORANGE, zorder=3, label="within 0.5 points")
     axes.set_yticks(places, [_spell(row.name) for row in rows])
     axes.set(xlim=(min(0.0, float(values.min(initial=0.0)) - 0.05), 1.0))
     axes.grid(axis="y", visible=False)
@@ -311,8 +311,9 @@ li p{margin:0 0 3px;font-size:14px;line-height:1.4}
 .track{height:5px;border-radius:3px;background:var(--line);overflow:hidden;display:block}
 .track span{height:100%;display:block}
 .track .human{background:var(--human)}.track .model{background:var(--model)}
-.columns{display:grid;grid-template-columns:1.6fr 1fr;gap:48px}
+.columns{display:grid;grid-template-columns:1.2fr 1fr;gap:48px}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:6px 20px;margin:0;font-size:14.5px;align-content:start}
+.columns dl:last-child{grid-template-columns:1fr max-content}
 dt{color:var(--soft)}dd{margin:0;font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
 @media (max-width:820px){.plots,.gallery,.columns{grid-template-columns:1fr}article{grid-template-columns:1fr}}
 """

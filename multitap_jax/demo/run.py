@@ -51,13 +51,19 @@ class Demo:
         return self.workdir / "phases.json"
 
     def start(self) -> None:
-        """Reads what is finished; refuses a folder of other settings.
+        """Reads what is finished; refuses a folder of other settings, or of somebody else.
 
         Raises:
-          ValueError: if the folder holds a demo with other settings.
+          ValueError: if the folder holds a demo with other settings, or something else.
         """
         self.workdir.mkdir(parents=True, exist_ok=True)
         if not self._journal.is_file():
+            if any(self.workdir.iterdir()):
+                raise ValueError(
+                    f"{self.workdir}: is not empty and holds no demo, so nothing is written into it; choose another "
+                    "--workdir"
+                )
+            self._save()
             return
         saved = json.loads(self._journal.read_text())
         if saved["settings"] != self.settings:
@@ -76,7 +82,10 @@ class Demo:
         yield todo
         if todo:
             self.seconds[name] = time.perf_counter() - start
-            self._journal.write_text(json.dumps({"settings": self.settings, "seconds": self.seconds}))
+            self._save()
+
+    def _save(self) -> None:
+        self._journal.write_text(json.dumps({"settings": self.settings, "seconds": self.seconds}))
 
 
 def run_demo(

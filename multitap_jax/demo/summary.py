@@ -9,12 +9,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from rich.table import Table
 
 from multitap_jax import __version__
 from multitap_jax.data.records import Record, load_records
 from multitap_jax.demo.report import Example, Interval, ModelRow, ObjectiveRow, ReportData
 from multitap_jax.demo.texts import OBJECTIVES
+from multitap_jax.display import TextTable
 from multitap_jax.evaluation.correlation import Metrics, Statistic, evaluate_pairs
 from multitap_jax.scoring.artefact import Artefact
 
@@ -80,11 +80,16 @@ def _judge(predicted: list[float], human: list[float], records: Sequence[Record]
     return Judged(np.asarray(predicted), np.asarray(human), metrics)
 
 
-def summary_table(results: Results) -> Table:
-    """Agreement of the three runs and of the seven heads, for the terminal."""
-    table = Table(title=f"Agreement with the ratings of {len(results.records)} held-out pairs")
-    for name in ("", "tau_c [95 %]", "tau_b", "Pearson", "Spearman", "±0.5"):
-        table.add_column(name, no_wrap=True)
+def summary_table(results: Results) -> TextTable:
+    """Agreement of the three runs and of the seven heads, for the terminal.
+
+    The heads predict in points of the raters' scale, and within half of one is a hit; a score from 0 to 1 has no such
+    points.
+    """
+    table = TextTable(title=f"Agreement with the ratings of {len(results.records):,} held-out pairs")
+    for name in ("", "tau_c [95 %]", "tau_b", "Pearson", "Spearman", "±0.5 points"):
+        wide = name in ("", "tau_c [95 %]")
+        table.add_column(name, justify="left" if wide else "right", no_wrap=wide)
     for name, judged in [*((RUNS[n], j) for n, j in results.runs.items()), *results.objectives.items()]:
         if name == OBJECTIVES[0]:
             table.add_section()
@@ -94,7 +99,7 @@ def summary_table(results: Results) -> Table:
             name.replace("_", " "),
             f"{found.tau_c.value:.2f} [{found.tau_c.interval.low:.2f}, {found.tau_c.interval.high:.2f}]",
             *(f"{statistic.value:.2f}" for statistic in others),
-            f"{found.accuracy.value:.0%}",
+            f"{found.accuracy.value:.0%}" if name in results.objectives else "",
         )
     return table
 
@@ -117,7 +122,7 @@ def report_data(
             ModelRow(RUNS[name], {shown: _interval(j.metrics.statistics()[key]) for shown, key in SHOWN.items()})
             for name, j in results.runs.items()
         ],
-        train_loss=[(row["step"], row["loss"]) for row in rows if "loss" in row],
+        train_loss=[(row["step"], row["loss"]) for row in rows if row.get("loss") is not None],
         heldout_loss=[(row["step"], row["evaluation"]["loss"]) for row in rows if "evaluation" in row],
         human=trained.human,
         predicted=trained.predicted,

@@ -27,11 +27,11 @@ def scatter_figure(points: np.ndarray, metrics: Metrics, target: str) -> Figure:
 
 
 def objective_figure(objectives: Mapping[str, Metrics]) -> Figure:
-    """One bar an objective: Kendall tau_b with its interval."""
+    """One bar an objective: Kendall tau_c with its interval."""
     figure = Figure(figsize=(6, 1.2 + 0.4 * len(objectives)), layout="constrained")
     axes = figure.subplots()
     for row, metrics in enumerate(objectives.values()):
-        tau = metrics.tau_b
+        tau = metrics.tau_c
         if math.isnan(tau.value):
             axes.text(0, row, f" undefined: {tau.reason}", va="center", fontsize=8)
             continue
@@ -42,7 +42,7 @@ def objective_figure(objectives: Mapping[str, Metrics]) -> Figure:
     axes.invert_yaxis()
     axes.axvline(0, color="0.5", linewidth=1)
     level = next(iter(objectives.values())).level
-    axes.set(xlabel=f"Kendall tau_b with people, {level:.0%} interval")
+    axes.set(xlabel=f"Kendall tau_c with people, {level:.0%} interval")
     return figure
 
 

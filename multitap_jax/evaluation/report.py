@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 from rich.text import Text
 
 from multitap_jax.data.records import Record, Rejected, group_keys, iter_records
 from multitap_jax.data.tables import RecordsError, Unreadable, read_jsonl
-from multitap_jax.evaluation.correlation import STATISTICS, Metrics, evaluate_pairs
+from multitap_jax.display import TextTable
+from multitap_jax.evaluation.correlation import Metrics, Statistic, evaluate_pairs
 from multitap_jax.evaluation.plots import objective_figure, scatter_figure
 from multitap_jax.scoring.journal import sidecar_of
 
+NO_TARGET = "none"  # compare the objectives only
 SHOWN = 3  # examples of a problem in the table; the JSON lists all
 
 
@@ -36,7 +37,7 @@ class EvaluationReport:
 
     Attributes:
       protocol: what was compared, how, in words.
-      target: the human score that `overall` was compared with: "score" or "ratings.NAME".
+      target: the human score that `overall` was compared with: "score", "ratings.NAME", or "none".
       dtype: of the computation that made the scores, or "unknown".
       overall: overall score against the target, both in [0, 1].
       objectives: every predicted objective against the ratings of its name, in the units of the ratings.
@@ -78,17 +79,19 @@ class EvaluationReport:
             "rejected records": [f"line {r.line}, id {r.id}: {r.reason}" for r in self.rejected],
         }
 
-    def table(self) -> Table:
-        """Statistics with intervals, ties, and the counts of what was left out."""
-        table = Table(title="Agreement with people", caption=Text(self._caption()), caption_justify="left")
-        for name in ("", "n", *STATISTICS, "ties pred / human / both"):
-            table.add_column(name, justify="left" if name == "" else "right")
-        # A list: an objective may well be called "overall" too.
-        for name, metrics in [("overall score", self.overall), *self.objectives.items()]:
-            cells = [_cell(metrics, statistic) for statistic in STATISTICS]
-            ties = f"{metrics.ties_pred:,} / {metrics.ties_human:,} / {metrics.ties_both:,}"
-            table.add_row(Text(name), f"{metrics.n:,}", *cells, ties)
+    def table(self) -> TextTable:
+        """Correlations and the counts of what was left out, in 80 columns; `to_json` has all numbers and intervals."""
+        table = TextTable(title="Agreement with people", caption=Text(self._caption()), caption_justify="left")
+        for name in ("", "n", f"tau_c [{self.overall.level:.0%}]", "tau_b", "Pearson", "Spearman"):
+            table.add_column(name, justify="left" if name == "" else "right", no_wrap=name != "")
+        for name, metrics in self._rows():
+            others = (_cell(getattr(metrics, statistic)) for statistic in ("tau_b", "pearson", "spearman"))
+            table.add_row(Text(name), f"{metrics.n:,}", _cell(metrics.tau_c, interval=True), *others)
         return table
+
+    def _rows(self) -> list[tuple[str, Metrics]]:
+        """A list: an objective may well be called "overall score" too."""
+        return [*([] if self.target == NO_TARGET else [("overall score", self.overall)]), *self.objectives.items()]
 
     def to_json(self) -> str:
         """The whole report; numbers that do not exist are null, with their reason."""
@@ -101,7 +104,8 @@ class EvaluationReport:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "metrics.json").write_text(self.to_json() + "\n", encoding="utf-8")
-        scatter_figure(self.points, self.overall, self.target).savefig(folder / "overall.png", dpi=150)
+        if self.target != NO_TARGET:
+            scatter_figure(self.points, self.overall, self.target).savefig(folder / "overall.png", dpi=150)
         if self.objectives:
             objective_figure(self.objectives).savefig(folder / "objectives.png", dpi=150)
 
@@ -111,8 +115,7 @@ class EvaluationReport:
             if items:
                 more = ", ..." if len(items) > SHOWN else ""
                 lines.append(f"{len(items):,} {kind}: {', '.join(items[:SHOWN])}{more}")
-        metrics = [("overall score", self.overall), *self.objectives.items()]
-        lines += [f"{name}: tau undefined: {m.tau_b.reason}" for name, m in metrics if m.tau_b.reason]
+        lines += [f"{name}: tau undefined: {m.tau_b.reason}" for name, m in self._rows() if m.tau_b.reason]
         return "\n".join(lines)
 
 
@@ -133,8 +136,8 @@ def evaluate_files(
     scores_path: str | os.PathLike[str],
     records_path: str | os.PathLike[str],
     *,
-    target: str = "score",
-    target_range: tuple[float, float] = (0.0, 1.0),
+    target: str | None = None,
+    target_range: tuple[float, float] | None = None,
     bootstrap_samples: int = 1000,
     seed: int = 0,
     level: float = 0.95,
@@ -147,40 +150,43 @@ def evaluate_files(
     Args:
       scores_path: JSON lines `{"id", "score", "scores": {objective: number}, "truncated", "error"}`.
       records_path: records file or folder.
-      target: "score" or "ratings.NAME": what people said about the whole.
-      target_range: values of the target that map to 0 and 1.
+      target: "score" or "ratings.NAME": what people said about the whole; "none" compares the objectives only. None
+        takes what the model was trained on, where `multitap score` noted it, else "score".
+      target_range: values of the target that map to 0 and 1. None takes the noted ones with the noted target, else 0
+        and 1.
       bootstrap_samples, seed, level: of the intervals; records that share a group or picture are resampled together.
       tolerance: of the accuracy.
       dtype: of the computation that made the scores, for the report; None takes what `multitap score` noted.
       allow_outside_root: as in `load_records`.
 
     Raises:
-      RecordsError: a file is missing or of the wrong kind, or a target lies outside `target_range`.
+      RecordsError: a file is missing or of the wrong kind, no record has the target, or one lies outside
+        `target_range`.
     """
+    note = _note(Path(scores_path))
+    target, target_range = _target(note, target, target_range)
     low, high = target_range
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise RecordsError(f"target_range {target_range}: expected two finite numbers, the first below the second")
-    if target != "score" and not target.startswith("ratings."):
-        raise RecordsError(f"target {target!r}: expected 'score' or 'ratings.NAME'")
+    if target not in ("score", NO_TARGET) and not target.startswith("ratings."):
+        raise RecordsError(f"target {target!r}: expected 'score' or 'ratings.NAME' (--target), or 'none'")
     items = list(iter_records(Path(records_path), allow_outside_root=allow_outside_root, need_images=False))
     records = [item for item in items if isinstance(item, Record)]
     scores = _read_scores(Path(scores_path))
-    dtype = dtype or _noted_dtype(Path(scores_path))
+    dtype = dtype or str(note.get("settings", {}).get("dtype", "unknown"))
+    _check_target(records, target, records_path)
     groups = dict(zip((record.id for record in records), group_keys(records), strict=True))
     options: dict[str, Any] = {"samples": bootstrap_samples, "seed": seed, "level": level, "tolerance": tolerance}
 
-    rated = [record for record in records if record.id in scores.overall and record.target(target) is not None]
+    scored = [] if target == NO_TARGET else [record for record in records if record.id in scores.overall]
+    rated = [record for record in scored if record.target(target) is not None]
     human = np.array([_on_scale(record, target, low, high) for record in rated], np.float64)
     pred = np.array([scores.overall[record.id] for record in rated], np.float64)
-    objectives = {}
-    for name, values in scores.objectives.items():
-        pairs = [(r.id, values[r.id], y) for r in records if r.id in values and (y := r.ratings.get(name)) is not None]
-        ids, guesses, truths = zip(*pairs, strict=True) if pairs else ((), (), ())
-        objectives[name] = evaluate_pairs(guesses, truths, groups=[groups[i] for i in ids], **options)
+    objectives = _objectives(records, scores, groups, options)
     overall = evaluate_pairs(pred, human, groups=[groups[record.id] for record in rated], **options)
     known = groups.keys() | {item.id for item in items if isinstance(item, Rejected)}
     return EvaluationReport(
-        protocol=_protocol(target, target_range, overall, scores.truncated, dtype),
+        protocol=_protocol(target, target_range, overall, objectives, scores.truncated, dtype),
         target=target,
         dtype=dtype,
         overall=overall,
@@ -188,7 +194,7 @@ def evaluate_files(
         n_records=len(records),
         n_scores=scores.lines,
         truncated=scores.truncated,
-        unrated=[r.id for r in records if r.id in scores.overall and r.target(target) is None],
+        unrated=[record.id for record in scored if record.target(target) is None],
         missing=[record.id for record in records if record.id not in scores.seen],
         duplicates=list(scores.duplicates),
         unknown=sorted(scores.seen - known),
@@ -199,12 +205,46 @@ def evaluate_files(
     )
 
 
-def _noted_dtype(path: Path) -> str:
-    """The type of computation in the sidecar that `multitap score` leaves beside its output; "unknown" without one."""
+def _objectives(
+    records: list[Record], scores: _Scores, groups: dict[str, str], options: dict[str, Any]
+) -> dict[str, Metrics]:
+    """Every predicted objective against the ratings of its name."""
+    out = {}
+    for name, values in scores.objectives.items():
+        pairs = [(r.id, values[r.id], y) for r in records if r.id in values and (y := r.ratings.get(name)) is not None]
+        ids, guesses, truths = zip(*pairs, strict=True) if pairs else ((), (), ())
+        out[name] = evaluate_pairs(guesses, truths, groups=[groups[i] for i in ids], **options)
+    return out
+
+
+def _note(path: Path) -> dict[str, Any]:
+    """The sidecar that `multitap score` leaves beside its output; empty without one."""
     try:
-        return str(json.loads(sidecar_of(path).read_text("utf-8"))["settings"]["dtype"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return "unknown"
+        note = json.loads(sidecar_of(path).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return note if isinstance(note, dict) and isinstance(note.get("settings", {}), dict) else {}
+
+
+def _target(
+    note: dict[str, Any], target: str | None, target_range: tuple[float, float] | None
+) -> tuple[str, tuple[float, float]]:
+    """What was asked for, else what the model was trained on, else the score."""
+    trained = note.get("trained_on")
+    name, (low, high) = "score", (0.0, 1.0)
+    if isinstance(trained, dict) and target in (None, trained.get("target")):
+        name, (low, high) = str(trained["target"]), trained["target_range"]
+    return target or name, target_range or (float(low), float(high))
+
+
+def _check_target(records: list[Record], target: str, path: str | os.PathLike[str]) -> None:
+    """Raises RecordsError, naming the numbers there are, where no record has the target."""
+    if target == NO_TARGET or not records or any(record.target(target) is not None for record in records):
+        return
+    there = ["score"] * any(record.score is not None for record in records)
+    there += dict.fromkeys(f"ratings.{n}" for r in records for n, value in r.ratings.items() if value is not None)
+    choice = f"it has {', '.join(there)}: choose one with --target={there[0]}" if there else "it has no human scores"
+    raise RecordsError(f"{path}: no record has {target}; {choice}, or compare the objectives only with --target=none")
 
 
 def _read_scores(path: Path) -> _Scores:
@@ -260,31 +300,44 @@ def _on_scale(record: Record, target: str, low: float, high: float) -> float:
     if not low <= value <= high:
         raise RecordsError(
             f"record {record.id!r} (line {record.line}): {target} = {value:g} lies outside target_range "
-            f"({low:g}, {high:g}); give the range of the human scores"
+            f"({low:g}, {high:g}); give the lowest and the highest value of their scale, such as --target_range=1,5"
         )
     return (value - low) / (high - low)
 
 
-def _protocol(target: str, target_range: tuple[float, float], metrics: Metrics, truncated: int, dtype: str) -> str:
+def _protocol(
+    target: str,
+    target_range: tuple[float, float],
+    overall: Metrics,
+    objectives: dict[str, Metrics],
+    truncated: int,
+    dtype: str,
+) -> str:
     low, high = target_range
+    mapped = "" if target_range == (0.0, 1.0) else f", mapped from [{low:g}, {high:g}] to [0, 1]"
+    first = f"its overall score against {target}{mapped}; "
+    counts = (
+        f"n = {overall.n:,}, ties {overall.ties_pred:,} in the scores, {overall.ties_human:,} in the human scores. "
+    )
+    metrics = overall
+    if target == NO_TARGET:
+        first, counts, metrics = "", "", next(iter(objectives.values()), overall)
     return (
-        f"Each record counts once: its overall score against {target}, mapped from [{low:g}, {high:g}] to [0, 1]; "
-        f"objectives against the ratings of their name, in the units of the ratings. tau_b and tau_c are Kendall's, "
-        f"ties counted among n(n-1)/2 comparisons. accuracy: share within {metrics.tolerance:g}. "
+        f"Each record counts once: {first}objectives against the ratings of their name, in the units of the ratings. "
+        "tau_b and tau_c are Kendall's, ties counted among n(n-1)/2 comparisons. "
+        f"accuracy: share within {metrics.tolerance:g}. "
         f"Intervals: {metrics.level:.0%} percentile bootstrap, {metrics.samples:,} samples of whole groups "
         f"({metrics.n_groups:,} groups of records that share a group or picture). "
-        f"n = {metrics.n:,}, ties {metrics.ties_pred:,} in the scores and {metrics.ties_human:,} in the human scores. "
-        f"Scores computed in dtype {dtype}; {truncated:,} texts truncated."
+        f"{counts}Scores computed in dtype {dtype}; {truncated:,} texts truncated."
     )
 
 
-def _cell(metrics: Metrics, name: str) -> str:
-    statistic = getattr(metrics, name)
+def _cell(statistic: Statistic, *, interval: bool = False) -> str:
     if math.isnan(statistic.value):
-        return "undefined"
-    if math.isnan(statistic.interval.low):
-        return f"{statistic.value:.4f}"
-    return f"{statistic.value:.4f} ({statistic.interval.low:.4f}, {statistic.interval.high:.4f})"
+        return "-"
+    if not interval or math.isnan(statistic.interval.low):
+        return f"{statistic.value:.2f}"
+    return f"{statistic.value:.2f} [{statistic.interval.low:.2f}, {statistic.interval.high:.2f}]"
 
 
 def _plain(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """Settings of the host process."""
 
 import ctypes
+import os
 import sys
 
 # Parameters of glibc's mallopt (malloc.h).
@@ -22,3 +23,8 @@ def keep_freed_memory() -> None:
         return
     for parameter, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 64 << 20), (_ARENA_MAX, 1)):
         mallopt(parameter, value)
+
+
+def hush_transformers() -> None:
+    """To be called before transformers is imported: it is here for its tokenizers, and advises to install torch."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

@@ -260,7 +260,9 @@ def _check_is_artefact(folder: Path) -> None:
     if (folder / MANIFEST).is_file():
         return
     if not folder.is_dir():
-        raise ArtefactError(f"{folder}: no such folder; give the folder of a saved model")
+        raise ArtefactError(
+            f"{folder}: no such folder; give that of a saved model, as `multitap train` leaves in artefact/"
+        )
     if not (folder / CONFIG).is_file():
         raise ArtefactError(
             f"{folder}: neither {MANIFEST} nor {CONFIG} is here, so this is no saved model; give the folder that "

@@ -38,6 +38,10 @@ class SupportsScore(Protocol):
     def settings(self) -> dict[str, Any]:
         """JSON of what else decides a score or an error: computation type, longest pair."""
 
+    @property
+    def trained_on(self) -> dict[str, Any]:
+        """JSON of the human score that the overall score stands for: `target` and `target_range`."""
+
     def score(
         self, *, images: Sequence[Any], texts: Sequence[str], requests: Sequence[str | None], truncate: bool
     ) -> "Scores":
@@ -141,7 +145,7 @@ def score_file(
         "model": scorer.fingerprint,
         "settings": {**scorer.settings, "truncate": truncate, "allow_outside_root": allow_outside_root},
     }
-    with Journal(output, identity) as journal:
+    with Journal(output, identity, {"trained_on": scorer.trained_on}) as journal:
         finished = journal.finished()
         tally, resumed = _Tally(**(finished or {})), 0
         if finished is None:
@@ -242,9 +246,9 @@ def _judge(tally: _Tally, max_rejected: float, rejected_file: Path, *, final: bo
     share = tally.rejected / tally.lines
     if share > max_rejected:
         raise TooManyRejected(
-            f"{tally.rejected} of {tally.lines} records have no score ({share:.1%}, --max-rejected is "
+            f"{tally.rejected} of {tally.lines} records have no score ({share:.1%}, --max_rejected is "
             f"{max_rejected:.1%}). First reasons: {'; '.join(tally.reasons)}. All of them: {rejected_file}. Raise "
-            "--max-rejected to accept this and go on; or mend the input, remove the output and start again"
+            "--max_rejected to accept this and go on; or mend the input, remove the output and start again"
         )
 
 

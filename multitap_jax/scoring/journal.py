@@ -49,25 +49,28 @@ class Journal:
     Args:
       path: the output; `PATH.job.json` beside it is the sidecar.
       identity: JSON of what decides the lines: input, model, settings. A file begun with another identity is refused.
+      notes: JSON of what else a reader of the lines may want to know.
     """
 
-    def __init__(self, path: Path, identity: dict[str, Any]):
+    def __init__(self, path: Path, identity: dict[str, Any], notes: dict[str, Any] | None = None):
         self.path = path
         self.sidecar = sidecar_of(path)
-        self.identity = identity
+        self.identity, self.notes = identity, notes or {}
         self._lines = 0
         self._end = 0
         self._file = -1
         self._state: dict[str, Any] = {}
 
     def __enter__(self) -> "Journal":
+        if self.path.is_dir():
+            raise JobError(f"{self.path}: is a folder; give the file for the scores, such as {self.path}/scores.jsonl")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
         try:
             if not try_lock(self._file):
                 raise JobError(f"{self.path}: another process is writing it; wait for it or choose another output")
             state = self._check()
-            self._state = state or {"format_version": FORMAT_VERSION, **self.identity, "complete": None}
+            self._state = state or {"format_version": FORMAT_VERSION, **self.identity, **self.notes, "complete": None}
             if state is None:
                 self._write_sidecar()
         except BaseException:

@@ -1,4 +1,4 @@
-"""The bar of a long scoring run, on standard error."""
+"""The bar of long work over many pairs or pictures, on standard error."""
 
 import contextlib
 import sys
@@ -10,24 +10,30 @@ from rich.text import Text
 
 
 class _Rate(ProgressColumn):
+    def __init__(self, unit: str):
+        super().__init__()
+        self._unit = unit
+
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:.1f} pairs/s")
+        return Text("" if speed is None else f"{speed:,.1f} {self._unit}/s")
 
 
 @contextlib.contextmanager
-def progress_bar(total: int | None, done: int = 0, *, enabled: bool = True) -> Iterator[Callable[[int], None]]:
-    """Yields `advance(pairs)`; draws nothing where not enabled. `done` pairs count as there, not as fast."""
+def progress_bar(
+    total: int | None, done: int = 0, *, enabled: bool = True, label: str = "scoring", unit: str = "pairs"
+) -> Iterator[Callable[[int], None]]:
+    """Yields `advance(items)`; draws nothing where not enabled. `done` items count as there, not as fast."""
     if not enabled:
-        yield lambda pairs: None
+        yield lambda items: None
         return
     columns = (
-        TextColumn("scoring"),
+        TextColumn(label),
         BarColumn(),
         MofNCompleteColumn(),
-        _Rate(),
+        _Rate(unit),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(file=sys.stderr)) as progress:
-        task = progress.add_task("scoring", total=total, completed=done)
-        yield lambda pairs: progress.advance(task, pairs)
+        task = progress.add_task(label, total=total, completed=done)
+        yield lambda items: progress.advance(task, items)

@@ -119,6 +119,12 @@ class Scorer:
         return self.artefact.fingerprint
 
     @property
+    def trained_on(self) -> dict[str, Any]:
+        """The human score that the overall score stands for: `target`, and the `target_range` mapped to 0 and 1."""
+        overall = self.artefact.manifest.overall
+        return {"target": overall.target, "target_range": list(overall.target_range)}
+
+    @property
     def hidden_size(self) -> int:
         """H of the backbone."""
         return self.artefact.hidden_size

@@ -11,6 +11,9 @@ import jax
 import numpy as np
 
 from multitap_jax.flops import Work, mfu
+from multitap_jax.stage1.spikes import RECENT, LossSpikeError, Spike, SpikeWatch
+
+NAMED = 64  # records that a complaint names at most
 
 
 class NonFiniteError(RuntimeError):
@@ -82,6 +85,7 @@ class Recorder:
       flops: work of a batch -> FLOPs of its training step; None where no formula is known.
       devices, peak: see `flops.mfu`.
       clock: seconds.
+      spikes: judges the losses.
     """
 
     def __init__(
@@ -91,7 +95,9 @@ class Recorder:
         devices: int,
         peak: float | None,
         clock: Callable[[], float],
+        spikes: SpikeWatch | None = None,
     ):
+        self._spikes = spikes or SpikeWatch(0)
         self._record_ids, self._flops = record_ids, flops
         self._devices, self._peak, self._clock = devices, peak, clock
         self._pending: _Pending | None = None
@@ -119,6 +125,7 @@ class Recorder:
 
         Raises:
           NonFiniteError: its loss or gradient is not finite.
+          LossSpikeError: its loss completes a spike.
         """
         if self._pending is None:
             return
@@ -128,22 +135,36 @@ class Recorder:
             raise NonFiniteError(self._complaint(index, host, record))
         self._steps.append({name: float(host[name]) for name in ("loss", "grad_norm", "lr", "mean_score", "pairs")})
         self._work.append(work)
+        if host["pairs"] and (spike := self._spikes.see(index, float(host["loss"]))):
+            raise LossSpikeError(self._spike_complaint(index, spike))
 
     def _complaint(self, index: int, host: dict[str, np.ndarray], record: np.ndarray) -> str:
         ids = self._record_ids(index)
         bad = [ids[i] for i in record[host["bad"]]]
         if bad:
-            who = f"the logits of these records are not finite: {', '.join(bad)}"
+            who = f"the logits of these records are not finite: {_some(bad)}"
         else:
-            who = f"every logit is finite, so it is a target or the gradient; the step's records: {', '.join(ids)}"
+            who = f"every logit is finite, so it is a target or the gradient; the step's records: {_some(ids)}"
         return (
             f"step {index + 1}: loss = {host['loss']}, gradient norm = {host['grad_norm']}; {who}. "
             "The step was not applied. Look at these records; if they are sound, use model.dtype=float32 or a lower "
             "optimizer.learning_rate"
         )
 
+    def _spike_complaint(self, index: int, spike: Spike) -> str:
+        times = spike.recent / max(spike.before, 1e-30)
+        return (
+            f"step {index + 1}: the median loss of the last {RECENT} steps, {spike.recent:.3g}, is {times:.0f} times "
+            f"that of the steps before, {spike.before:.3g}; the highest was step {spike.worst + 1}, of the records "
+            f"{_some(self._record_ids(spike.worst))}. Look at these records and use a lower "
+            "--config.optimizer.learning_rate; if the rise is right for this data, --config.spike_factor=0 lets it pass"
+        )
+
     def line(self) -> dict[str, Any]:
-        """Averages over the steps since the last line (settled first), rates, and a fresh start."""
+        """Averages over the steps since the last line (settled first), rates, and a fresh start.
+
+        Loss and mean score are None where no pair of these steps counted.
+        """
         self.settle()
         seconds = max(self._clock() - self._start, 1e-9)
         steps, works = self._steps, self._work
@@ -151,10 +172,10 @@ class Recorder:
         tokens, padded = sum(w.tokens for w in works), sum(w.padded_tokens for w in works)
         flops = None if self._flops is None else sum(map(self._flops, works))
         line = {
-            "loss": sum(step["loss"] * step["pairs"] for step in steps) / max(pairs, 1.0),
+            "loss": sum(step["loss"] * step["pairs"] for step in steps) / pairs if pairs else None,
             "grad_norm": steps[-1]["grad_norm"],
             "lr": steps[-1]["lr"],
-            "mean_score": sum(step["mean_score"] * step["pairs"] for step in steps) / max(pairs, 1.0),
+            "mean_score": sum(step["mean_score"] * step["pairs"] for step in steps) / pairs if pairs else None,
             "seconds_per_step": seconds / len(steps),
             "pairs_per_second": pairs / seconds,
             "tokens_per_second": tokens / seconds,
@@ -163,6 +184,10 @@ class Recorder:
         }
         self._restart()
         return line
+
+
+def _some(ids: list[str]) -> str:
+    return ", ".join(ids[:NAMED]) + (f" and {len(ids) - NAMED:,} more" if len(ids) > NAMED else "")
 
 
 def agreement(scores: np.ndarray, targets: np.ndarray) -> dict[str, float | int]:

@@ -69,10 +69,16 @@ class Display:
 def describe(line: Mapping[str, Any]) -> str:
     """A log line in words and units."""
     used = "n/a" if line["mfu"] is None else f"{line['mfu']:.1%}"
+    loss = "n/a (no pair counted)" if line["loss"] is None else f"{line['loss']:.5f}"
     return (
-        f"loss {line['loss']:.5f}  {line['seconds_per_step']:.3g} s/step  {line['pairs_per_second']:.3g} pairs/s  "
+        f"loss {loss}  {_three(line['seconds_per_step'])} s/step  {_three(line['pairs_per_second'])} pairs/s  "
         f"{line['tokens_per_second']:,.0f} tokens/s  packing {line['packing_efficiency']:.0%}  MFU {used}"
     )
+
+
+def _three(number: float) -> str:
+    """Three digits, never as a power of ten."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}" if number >= 1e-3 else f"{number:.6f}"
 
 
 def brief(numbers: Mapping[str, Any]) -> str:
@@ -83,7 +89,7 @@ def brief(numbers: Mapping[str, Any]) -> str:
 
 def summary(log: MetricsLog, workdir: Path, step: int, total: int, seconds: float, steps: int) -> dict[str, str]:
     """The rows of the table at the end: `steps` of the `step` finished ones were done now, in `seconds`."""
-    losses = [line["loss"] for line in log.lines if "loss" in line]
+    losses = [line["loss"] for line in log.lines if line.get("loss") is not None]
     rows = {"steps": f"{step} of {total}, {steps} of them now in {seconds:.1f} s"}
     if losses:
         rows["training loss"] = f"{losses[0]:.5f} -> {losses[-1]:.5f}"

@@ -13,23 +13,21 @@ from rich.console import Console
 
 from multitap_jax import __version__
 from multitap_jax.config import ConfigError, TrainConfig, to_dict
-from multitap_jax.data.pipeline import PackedDataset, prepare
+from multitap_jax.data.pipeline import PackedDataset
+from multitap_jax.data.prepare import prepare
 from multitap_jax.data.processing import Contract, Processing
-from multitap_jax.data.records import (
-    Record,
-    Rejected,
-    check_rejected_share,
-    load_records,
-    split_by_group,
-    write_rejected,
-)
+from multitap_jax.data.records import Record, Rejected, iter_records, split_by_group
+from multitap_jax.data.tables import REJECTED_NAME, find_records_file
 from multitap_jax.families import read_config
 from multitap_jax.files import sole_writer
+from multitap_jax.parallel.distributed import is_main_process
 from multitap_jax.parallel.mesh import make_mesh, param_shardings
 from multitap_jax.reward import RewardHead, RewardModel
 from multitap_jax.scoring.artefact import Artefact
 from multitap_jax.scoring.manifest import MANIFEST, Overall
-from multitap_jax.stage1.train import TrainResult, train
+from multitap_jax.scoring.progress import progress_bar
+from multitap_jax.stage1.rejects import FLAGS, Rejects
+from multitap_jax.stage1.train import CHECKPOINTS, TrainResult, train
 from multitap_jax.stage1.trainable import add_lora, merge_lora
 from multitap_jax.weights.hub import load_backbone
 from multitap_jax.weights.sources import locate
@@ -67,26 +65,30 @@ def _run(config: TrainConfig, workdir: Path, console: Console) -> RunResult:
     base = checkpoint.folder
     mesh = make_mesh(config.mesh)
     processing = Processing.from_folder(base, _contract(config, base))
-    rejected: list[Rejected] = []
-    train_records, held_out = _records(config, rejected)
+    rejects = Rejects(
+        workdir / REJECTED_NAME,
+        config.data.max_rejected,
+        resumed=any((workdir / CHECKPOINTS).glob("[0-9]*")),
+        write=is_main_process(),
+    )
+    train_records, held_out = _records(config, rejects)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     model = _model(config, base, mesh)
     hidden = model.backbone.config.text.hidden_size
-    dataset = _dataset(config, processing, train_records, hidden, rejected, cells=shards * config.accumulation)
+    dataset = _dataset(config, processing, train_records, hidden, rejects, cells=shards * config.accumulation)
     evaluation = (
-        _dataset(config, processing, held_out, hidden, rejected, cells=shards, held_out=True) if held_out else None
+        _dataset(config, processing, held_out, hidden, rejects, cells=shards, held_out=True) if held_out else None
     )
-    write_rejected(workdir / "rejected.jsonl", rejected)
     console.print(
-        f"{len(train_records)} training and {len(held_out)} held-out pairs, {len(rejected)} rejected; "
+        f"{len(train_records)} training and {len(held_out)} held-out pairs, {len(rejects)} rejected; "
         f"{dataset.num_steps} steps of {config.batch_size} pairs as {dataset.shape}, one compiled shape, "
         f"{dataset.efficiency:.0%} of its tokens used"
     )
-    result = train(config, workdir, model, dataset, evaluation, mesh=mesh)
-    write_rejected(workdir / "rejected.jsonl", rejected)
-    lost = len({r.id for r in rejected if r.line == 0})
-    if lost:
-        console.print(f"[bold]{lost} pictures broke while they were read[/]; their pairs did not count: rejected.jsonl")
+    before = len(rejects)
+    result = train(config, workdir, model, dataset, evaluation, mesh=mesh, check=rejects.judge)
+    rejects.judge()
+    if lost := len(rejects) - before:
+        console.print(f"[bold]{lost} records lost their picture during the run[/] and did not count: {REJECTED_NAME}")
     if not result.finished:
         return RunResult(result, None)
     provenance = _provenance(config, dataset)
@@ -125,16 +127,21 @@ def _contract(config: TrainConfig, base: Path) -> Contract:
     return Contract.of(read_config(base)[0], prompt=config.data.prompt, **{**kept, **chosen})
 
 
-def _records(config: TrainConfig, rejected: list[Rejected]) -> tuple[list[Record], list[Record]]:
+def _records(config: TrainConfig, rejects: Rejects) -> tuple[list[Record], list[Record]]:
     def load(path: str) -> list[Record]:
-        found = load_records(
-            path,
-            allow_outside_root=config.data.allow_outside_root,
-            max_rejected=config.data.max_rejected,
-            require=config.data.target,
+        file = find_records_file(path)
+        items = list(
+            iter_records(
+                file,
+                allow_outside_root=config.data.allow_outside_root,
+                require=config.data.target,
+                flags=FLAGS,
+            )
         )
-        rejected.extend(found.rejected)
-        return list(found.records)
+        rejects.open(file, len(items))
+        rejects.add(file, [item for item in items if isinstance(item, Rejected)])
+        rejects.judge()
+        return [item for item in items if isinstance(item, Record)]
 
     records = load(config.data.train)
     if config.data.evaluation:
@@ -149,23 +156,27 @@ def _dataset(
     processing: Processing,
     records: list[Record],
     hidden: int,
-    rejected: list[Rejected],
+    rejects: Rejects,
     *,
     cells: int,
     held_out: bool = False,
 ) -> PackedDataset:
-    prepared = prepare(
-        records,
-        processing.prompter,
-        processing.reader,
-        processing.vision,
-        target=config.data.target,
-        target_range=config.data.target_range,
-        max_length=config.data.max_length,
-    )
-    rejected.extend(prepared.rejected)
-    source = (config.data.evaluation if held_out else "") or config.data.train
-    check_rejected_share(Path(source), len(prepared.examples), prepared.rejected, config.data.max_rejected)
+    source = find_records_file((config.data.evaluation if held_out else "") or config.data.train)
+    files = len({path for record in records for path in record.images})
+    label = f"checking {'held-out' if held_out else 'training'} pictures"
+    with progress_bar(files, enabled=is_main_process(), label=label, unit="pictures") as advance:
+        prepared = prepare(
+            records,
+            processing.prompter,
+            processing.reader,
+            processing.vision,
+            target=config.data.target,
+            target_range=config.data.target_range,
+            max_length=config.data.max_length,
+            advance=advance,
+        )
+    rejects.add(source, prepared.rejected)
+    rejects.judge()
     return PackedDataset(
         prepared,
         processing.reader,
@@ -177,8 +188,7 @@ def _dataset(
         shuffle="none" if held_out else config.data.shuffle,
         row_length=config.data.row_length,
         cells=cells,
-        # A picture has no line of its own; its records are named by the loop's log, the picture by its path.
-        on_failure=lambda path, reason: rejected.append(Rejected(0, path, reason)),
+        on_failure=lambda broken: rejects.add(source, broken),
     )
 
 

@@ -31,7 +31,7 @@ Metrics = dict[str, jax.Array]
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("step", "trainable", "opt_state"), meta_fields=())
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a step changes: int32[] finished steps, float32 master weights of what learns, the optimizer's state."""
+    """What a step changes: int32[] updates made, float32 master weights of what learns, the optimizer's state."""
 
     step: Any
     trainable: nnx.State
@@ -109,7 +109,8 @@ def make_train_step(
     """Compiles `step(state, frozen, batch) -> (state, metrics)`; the given state is donated.
 
     The gradient is that of the mean over all pairs of the step, whatever the number of micro-batches and devices. Where
-    loss or gradient are not finite the state is returned as it was, so a state is always a good one.
+    loss or gradient are not finite the state is returned as it was, so a state is always a good one; also where no pair
+    counts, since decay and momentum would move the weights for no reason.
 
     Metrics, on every device: `loss`, `grad_norm` (before clipping), `lr`, `mean_score`, `pairs`, float32[];
     `finite`, bool[]; `bad`, bool[B, K]: pairs whose logit is not finite.
@@ -143,6 +144,7 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / pairs, grads)
         norm, mean = optax.global_norm(grads), total / pairs
         finite = jnp.isfinite(mean) & jnp.isfinite(norm)
+        update = finite & (count > 0)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         new = TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), opt_state)
         logits = join_cells(logits)
@@ -157,7 +159,7 @@ def make_train_step(
             "finite": finite,
             "bad": counted & ~jnp.isfinite(logits),
         }
-        return jax.tree.map(lambda kept, put: jnp.where(finite, put, kept), state, new), metrics
+        return jax.tree.map(lambda kept, put: jnp.where(update, put, kept), state, new), metrics
 
     return jax.jit(
         step,

@@ -26,8 +26,11 @@ from multitap_jax.reward import RewardModel
 from multitap_jax.stage1.metrics import MetricsLog, Recorder, agreement
 from multitap_jax.stage1.optimizer import make_optimizer, make_schedule
 from multitap_jax.stage1.progress import Display, brief, summary
+from multitap_jax.stage1.spikes import SpikeWatch
 from multitap_jax.stage1.step import abstract_state, init_state, make_eval_step, make_train_step
 from multitap_jax.stage1.trainable import partition
+
+CHECKPOINTS = "checkpoints"  # folder in the working directory
 
 
 class Dataset(Protocol):
@@ -72,6 +75,7 @@ def train(
     eval_dataset: Dataset | None = None,
     *,
     mesh: Mesh | None = None,
+    check: Callable[[], None] = lambda: None,
     clock: Callable[[], float] = time.monotonic,
     peak: float | None = None,
 ) -> TrainResult:
@@ -84,6 +88,7 @@ def train(
       dataset: every step of every epoch.
       eval_dataset: held-out pairs, one pass; None for no evaluation.
       mesh: where the model lies; None makes `config.mesh`.
+      check: called with each batch taken, before it is used; what it raises stops the run.
       clock: seconds, monotonic; for the time between saves and for rates.
       peak: FLOP/s of one device for the MFU; None looks it up, and prints "n/a" where it is unknown.
 
@@ -91,12 +96,11 @@ def train(
       ConfigError: settings that contradict each other or the number of devices.
       CheckpointError: the run in `workdir` is another one, or all its checkpoints are damaged.
       NonFiniteError: loss or gradient is NaN or infinite; names the records. The last checkpoint is a good one.
+      LossSpikeError: the loss rose by `config.spike_factor` and stayed there; names the records.
     """
     workdir, mesh, main = Path(workdir), mesh or make_mesh(config.mesh), is_main_process()
     if mesh.shape["context"] > 1:
         raise ConfigError("config.mesh.context > 1: no attention backend shares a sequence yet; use data, fsdp, tensor")
-    if config.log_every < 1:
-        raise ConfigError(f"config.log_every = {config.log_every}: expected 1 or more")
     workdir.mkdir(parents=True, exist_ok=True)
     if main:
         (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
@@ -108,7 +112,7 @@ def train(
     frozen, policy = split.frozen, SavePolicy(config.checkpoint, clock)
     messages: list[str] = []
     checkpoints = Checkpoints(
-        workdir / "checkpoints",
+        workdir / CHECKPOINTS,
         keep=config.checkpoint.keep,
         identity=_identity(config, dataset, checksum(frozen)),
         report=messages.append,
@@ -121,7 +125,9 @@ def train(
             leaf.delete()
         log = MetricsLog(workdir / "metrics.jsonl", step, write=main)
         flops = _flops_formula(model.backbone.config, config.trainable.parts)
-        recorder = Recorder(dataset.record_ids, flops, mesh.size, peak or peak_flops(mesh.devices.flat[0]), clock)
+        peak, spikes = peak or peak_flops(mesh.devices.flat[0]), SpikeWatch(config.spike_factor)
+        recorder = Recorder(dataset.record_ids, flops, mesh.size, peak, clock, spikes)
+        count = _work_counter(model.backbone.config)
         batches, start, began = dataset.loader(step), step, clock()
         with Display(total, step, enabled=main) as display:
             for message in messages:
@@ -154,10 +160,11 @@ def train(
                     break
                 # 3. Take the next batch.
                 batch = next(batches)
+                check()
                 # 4. Step.
                 with recorder.paused() if step == start else contextlib.nullcontext():  # the first call compiles
                     state, metrics = train_step(state, frozen, shard_batch(batch, mesh))
-                recorder.add(step, metrics, np.asarray(batch.record), count_work(batch))
+                recorder.add(step, metrics, np.asarray(batch.record), count(batch))
                 step += 1
                 # 5. Log.
                 display.advance(step)
@@ -194,8 +201,13 @@ def _evaluate(step: Callable[[PackedBatch], jax.Array], dataset: Dataset, mesh: 
     return agreement(np.concatenate(scores), np.concatenate(targets))
 
 
+def _work_counter(config: Any) -> Callable[[PackedBatch], Work]:
+    """What counts the work of a batch for a backbone with this configuration."""
+    return functools.partial(count_work, window=getattr(config, "window", None), block=config.block)
+
+
 def _flops_formula(config: Any, parts: str) -> Callable[[Work], float] | None:
-    if not hasattr(config, "vision_intermediate_size"):  # a family whose formula is not written down
+    if not any(hasattr(config, name) for name in ("vision_flops", "forward_flops")):  # nobody has written it down
         return None
     return lambda work: train_flops(config, work, parts)
 

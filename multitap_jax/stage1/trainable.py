@@ -63,10 +63,8 @@ def add_lora(model: nnx.Module, config: TrainableConfig, rngs: nnx.Rngs) -> None
     scale = alpha / r; float32. A target is the last part or parts of a module's dotted path.
 
     Raises:
-      ConfigError: a target that names no module (the message lists the modules there are), or a rank below 1.
+      ConfigError: a target that names no module (the message lists the modules there are).
     """
-    if config.lora_rank < 1:
-        raise ConfigError(f"config.trainable.lora_rank = {config.lora_rank}: a rank is 1 or more")
     modules = dict(_linears(model))
     chosen: dict[str, Linear] = {}
     for target in config.lora_targets:

@@ -1,7 +1,9 @@
 """Streams records through a frozen model: into an embedding store, or straight into whatever consumes batches."""
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from multitap_jax.data.groups import Links
 from multitap_jax.data.records import (
     Record,
     Rejected,
@@ -18,7 +21,7 @@ from multitap_jax.data.records import (
     write_rejected,
 )
 from multitap_jax.data.tables import find_records_file
-from multitap_jax.files import sole_writer
+from multitap_jax.files import file_hash, sole_writer
 from multitap_jax.scoring.journal import input_fingerprint
 from multitap_jax.scoring.progress import progress_bar
 from multitap_jax.scoring.scorer import Scorer
@@ -62,10 +65,53 @@ def scan(path: str | Path, *, allow_outside_root: bool = False) -> tuple[int, tu
     return lines, tuple(names)
 
 
-def embed_stream(scorer: Scorer, items: Iterator[Record | Rejected], objectives: tuple[str, ...]) -> Iterator[Embedded]:
+def link_records(
+    path: str | Path, *, allow_outside_root: bool = False, advance: Callable[[int], None] = lambda lines: None
+) -> Callable[[Record], str]:
+    """Reads all records and pictures of a file once; the result names the group of each of its records.
+
+    Records with a common `group` or picture, directly or over others, have one group and stand in one cross-validation
+    fold. Pictures are told by their bytes, so copies under other names are one. A group is named by the smallest of
+    what it has in common, without a path, wherever the folder stands.
+
+    Args:
+      path: the records file.
+      allow_outside_root: as in `iter_records`.
+      advance: told how many more lines were read.
+    """
+    links, pictures = Links(), dict[Path, str]()
+    items = iter_records(path, allow_outside_root=allow_outside_root)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="hash") as pool:
+        while window := list(islice(items, WINDOW)):
+            records = [item for item in window if isinstance(item, Record)]
+            new = [file for file in dict.fromkeys(f for r in records for f in r.images) if file not in pictures]
+            pictures.update(zip(new, pool.map(_picture_label, new), strict=True))
+            for record in records:
+                links.link(_labels(record, pictures))
+            advance(len(window))
+    return lambda record: links.root(_labels(record, pictures)[0])
+
+
+def _labels(record: Record, pictures: Mapping[Path, str]) -> list[str]:
+    return [f"group:{record.group}"] * (record.group is not None) + [pictures[file] for file in record.images]
+
+
+def _picture_label(file: Path) -> str:
+    try:
+        return f"image:{file_hash(file)[:32]}"
+    except OSError:  # its records will be rejected when they are embedded
+        return f"unreadable:{file.name}"
+
+
+def embed_stream(
+    scorer: Scorer,
+    items: Iterator[Record | Rejected],
+    objectives: tuple[str, ...],
+    group_of: Callable[[Record], str],
+) -> Iterator[Embedded]:
     """Embeds records window by window, in order; those that cannot be embedded come back as rejected.
 
-    Records of one `group`, or else with the same first picture under any name, stand in one cross-validation fold.
+    `group_of` comes from `link_records`.
     """
     while window := list(islice(items, WINDOW)):
         records = [item for item in window if isinstance(item, Record)]
@@ -83,7 +129,7 @@ def embed_stream(scorer: Scorer, items: Iterator[Record | Rejected], objectives:
             [records[i].id for i in good],
             found.values[good],
             np.asarray(labels, np.float32).reshape(len(good), len(objectives)),
-            [records[i].group or found.pictures[i] or records[i].id for i in good],
+            [group_of(records[i]) for i in good],
             sorted(rejected, key=lambda r: r.line),
         )
 
@@ -111,6 +157,7 @@ def embed_records(
         "input": input_fingerprint(file),
         "settings": {**scorer.settings, "truncate": scorer.truncate},
         "outside_root": allow_outside_root,
+        "groups": "by group and picture",
     }
     with sole_writer(folder):
         writer = EmbeddingWriter.open_or_resume(
@@ -128,8 +175,10 @@ def embed_records(
             items = iter_records(file, allow_outside_root=allow_outside_root)
             done = _skip_to(items, EmbeddingStore(folder, allow_partial=True).ids[-1] if rows else None)
             rejected = [r for r in rejected if r.line <= done.line]
-            with progress_bar(lines, done.items, enabled=show_progress) as advance:
-                for part in embed_stream(scorer, items, objectives):
+            with progress_bar(lines, enabled=show_progress, label="linking records", unit="records") as advance:
+                group_of = link_records(file, allow_outside_root=allow_outside_root, advance=advance)
+            with progress_bar(lines, done.items, enabled=show_progress, label="embedding") as advance:
+                for part in embed_stream(scorer, items, objectives, group_of):
                     if part.rejected:
                         rejected += part.rejected
                         write_rejected(folder / REJECTED, rejected)

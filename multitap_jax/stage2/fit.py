@@ -12,7 +12,7 @@ from multitap_jax.scoring.artefact import Artefact
 from multitap_jax.scoring.manifest import Objective
 from multitap_jax.scoring.progress import progress_bar
 from multitap_jax.scoring.scorer import Scorer
-from multitap_jax.stage2.embed import embed_stream, scan
+from multitap_jax.stage2.embed import embed_stream, link_records, scan
 from multitap_jax.stage2.head import RidgeHead
 from multitap_jax.stage2.store import EmbeddingStore
 
@@ -97,19 +97,21 @@ def fit_records(
     file = find_records_file(path)
     lines, names = scan(file, allow_outside_root=allow_outside_root)
     _check_rated(names, file)
+    with progress_bar(lines, enabled=show_progress, label="linking records", unit="records") as advance:
+        group_of = link_records(file, allow_outside_root=allow_outside_root, advance=advance)
     ranges, rejected, rows = Ranges(names), [], 0
 
     def parts(advance):
         nonlocal rows
         records = iter_records(file, allow_outside_root=allow_outside_root)
-        for part in embed_stream(scorer, records, names):
+        for part in embed_stream(scorer, records, names, group_of):
             advance(len(part.ids) + len(part.rejected))
             rejected.extend(part.rejected)
             rows += len(part.ids)
             ranges.update(part.labels)
             yield part.embeddings, part.labels, part.groups
 
-    with progress_bar(lines, enabled=show_progress) as advance:
+    with progress_bar(lines, enabled=show_progress, label="embedding") as advance:
         head.fit_stream(parts(advance), objective_names=names)
     check_rejected_share(file, rows, rejected, max_rejected)
     return _save(head, scorer.artefact, ranges)

@@ -2,7 +2,7 @@
 
     head = RidgeHead().fit_store(EmbeddingStore("embeddings"))      # or .fit(X, Y, groups=image_of_each_text)
     head.predict(X)                                                 # float32[N, T]
-    head.summary()                                                  # a rich table
+    print(head.summary())                                           # a table
     head.save("heads")
 
 The habits are scikit-learn's (parameters, `fit`, `predict`, names ending in an underscore), without needing it.
@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import safetensors
 import safetensors.numpy
-from rich.table import Table
 from rich.text import Text
 
+from multitap_jax.display import TextTable
 from multitap_jax.files import write_atomic
 from multitap_jax.stage2.accumulator import Accumulator, DataError, RawBatch, checked_rows
 from multitap_jax.stage2.fitting import Settings, fit_heads
@@ -288,10 +288,11 @@ class RidgeHead:
         except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
             raise DataError(f"{file}: not a saved RidgeHead: {error}") from error
 
-    def summary(self) -> Table:
-        """A rich table, a line an objective; notes in its caption."""
+    def summary(self) -> TextTable:
+        """A table, a line an objective, notes in its caption: rich and notebooks draw it, `print` shows its text."""
         self._check_fitted()
-        table = Table(title=f"{len(self.alpha_)} ridge heads on {self.n_rows_} rows, alpha by {self.criterion_}")
+        heads = f"{len(self.alpha_)} ridge head{'s' * (len(self.alpha_) != 1)}"
+        table = TextTable(title=f"{heads} on {self.n_rows_:,} rows, alpha by {self.criterion_}")
         for heading in ("objective", "rated", "alpha", "R2", "tau"):
             table.add_column(heading, justify="left" if heading == "objective" else "right")
         for name, *values in zip(
@@ -299,8 +300,14 @@ class RidgeHead:
         ):
             observed, alpha, r2, tau = values
             cells = ("-" if np.isnan(value) else f"{value:.3f}" for value in (r2, tau))
-            table.add_row(Text(name), str(observed), f"{alpha:.3g}", *cells)
-        table.caption = Text("\n".join(self.notes_)) if self.notes_ else None
+            table.add_row(Text(name), f"{observed:,}", f"{alpha:.3g}", *cells)
+        notes = list(self.notes_)
+        if np.isnan(self.tau_).all():
+            why = "the rows were read only once; fit embeddings that are on disk (--embeddings) to have it"
+            notes.append(
+                f"tau: {why if self.criterion_ == 'kfold' else f'not known, since {self.criterion_} holds no rows out'}"
+            )
+        table.caption = Text("\n".join(notes)) if notes else None
         return table
 
 

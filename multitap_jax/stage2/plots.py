@@ -24,12 +24,12 @@ def alpha_curves(head: RidgeHead, ax: Axes | None = None) -> Axes:
 def predicted_vs_human(
     predicted: np.ndarray, human: np.ndarray, name: str = "", ax: Axes | None = None, max_points: int = 20_000
 ) -> Axes:
-    """Human ratings [N] (NaN: not rated) over predictions [N], evenly thinned to `max_points`, with the diagonal."""
+    """Predictions [N] over human ratings [N] (NaN: not rated), evenly thinned to `max_points`, with the diagonal."""
     ax = ax or plt.subplots()[1]
     seen = np.flatnonzero(~np.isnan(human))
     seen = seen[:: max(1, -(-len(seen) // max_points))]
-    ax.plot(predicted[seen], human[seen], ".", alpha=0.3)
+    ax.plot(human[seen], predicted[seen], ".", alpha=0.3)
     low, high = np.min([predicted[seen], human[seen]]), np.max([predicted[seen], human[seen]])
     ax.plot([low, high], [low, high], "k--", linewidth=1)
-    ax.set(xlabel="predicted", ylabel="human", title=name)
+    ax.set(xlabel="human", ylabel="predicted", title=name)
     return ax

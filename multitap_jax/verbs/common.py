@@ -1,15 +1,41 @@
-"""Flags that several verbs share."""
+"""Flags that several verbs share, their bounds, and the words for flags that are wrong."""
 
+import re
 from typing import Any
 
 from absl import flags
+
+
+def whole_number(
+    values: flags.FlagValues, name: str, default: int, text: str, *, low: int = 1, high: int | None = None
+) -> None:
+    """Defines an integer flag with bounds."""
+    flags.DEFINE_integer(name, default, text, flag_values=values)
+    _bound(values, name, "a whole number", low, high)
+
+
+def share(values: flags.FlagValues, name: str, default: float, text: str) -> None:
+    """Defines a flag between 0 and 1."""
+    flags.DEFINE_float(name, default, text, flag_values=values)
+    _bound(values, name, "a share", 0, 1)
+
+
+def _bound(values: flags.FlagValues, name: str, kind: str, low: float, high: float | None) -> None:
+    allowed = f"{low} or more" if high is None else f"from {low} to {high}"
+    # absl's own bounds let NaN pass.
+    flags.register_validator(
+        name,
+        lambda value: low <= value and (high is None or value <= high),
+        message=f"expected {kind}, {allowed}",
+        flag_values=values,
+    )
 
 
 def input_flags(values: flags.FlagValues, *, required: bool = True) -> None:
     """--input and what is allowed in it."""
     text = "Records: JSONL, CSV or Parquet, or a folder holding one." + (" Required." if required else "")
     flags.DEFINE_string("input", None, text, flag_values=values)
-    flags.DEFINE_float("max_rejected", 0.01, "Stop when a larger share of records is unusable.", flag_values=values)
+    share(values, "max_rejected", 0.01, "Stop when a larger share of records is unusable.")
     flags.DEFINE_bool(
         "allow_outside_root", False, "Let image paths leave the folder of the records file.", flag_values=values
     )
@@ -21,8 +47,8 @@ def model_flags(values: flags.FlagValues) -> None:
     """--checkpoint and how it is computed."""
     flags.DEFINE_string("checkpoint", None, "Artefact folder (what `train` writes). Required.", flag_values=values)
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Computation type.", flag_values=values)
-    flags.DEFINE_integer("batch_tokens", 16384, "About how many tokens a batch holds.", flag_values=values)
-    flags.DEFINE_integer("max_length", 2048, "Longest pair in tokens, image tokens included.", flag_values=values)
+    whole_number(values, "batch_tokens", 16384, "About how many tokens a batch holds.")
+    whole_number(values, "max_length", 2048, "Longest pair in tokens, image tokens included.")
     flags.DEFINE_bool("truncate", False, "Cut the tail of longer texts and say so.", flag_values=values)
     flags.mark_flag_as_required("checkpoint", flag_values=values)
 
@@ -38,3 +64,33 @@ def load_scorer(values: flags.FlagValues) -> Any:
         max_length=values.max_length,
         truncate=values.truncate,
     )
+
+
+# What absl says, and what is said instead; the first that matches a line counts.
+_WORDS = (
+    (r"flag --(\S+?)=None: Flag .* must have a value.*", r"--\1 is missing: give it as --\1=VALUE"),
+    (r"Unknown command line flag '(.+?)'\. Did you mean: (\S+).*", r"there is no flag --\1; did you mean --\2?"),
+    (r"Unknown command line flag '(.+?)'.*", r"there is no flag --\1"),
+    (r"Missing value for flag --(\S+)", r"--\1 has no value: give it as --\1=VALUE"),
+    (r"flag (--\S+?=.*): could not convert string to float.*", r"\1: expected a number"),
+    (r"flag (--\S+?=.*): invalid literal for int.*", r"\1: expected a whole number"),
+    (r"flag (--\S+?=.*): \('Non-boolean argument.*", r"\1: expected true or false"),
+    (r"flag (--\S+?=.*): value should be one of <(.*)>", r"\1: expected one of \2"),
+    (r"flag (--\S+?=.*)", r"\1"),
+)
+
+
+def explain(error: Exception) -> str:
+    """An error of absl's flags as sentences, a line each."""
+    text = str(error)
+    if "Error whilst parsing config file" in text:  # the last line of a traceback says what was wrong
+        return text.strip().splitlines()[-1].partition(": ")[2]
+    return "\n".join(_explained(line) for line in text.splitlines())
+
+
+def _explained(line: str) -> str:
+    for pattern, words in _WORDS:
+        if found := re.fullmatch(pattern, line):
+            said = found.expand(words)
+            return said.replace("|", ", ") if "expected one of" in said else said
+    return line

@@ -9,13 +9,15 @@ report.html. Finished phases are kept: run again after an interruption, it goes 
 
 from absl import flags
 
+from multitap_jax.verbs.common import whole_number
+
 
 def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", "demo_run", "Folder of the run.", flag_values=values)
-    flags.DEFINE_integer("scenes", 0, "Pictures to draw; 0 takes the demo's own number.", flag_values=values)
-    flags.DEFINE_integer("caption_steps", 0, "Pre-training steps; 0 takes the demo's own number.", flag_values=values)
-    flags.DEFINE_integer("epochs", 0, "Epochs of stage 1; 0 takes the demo's own number.", flag_values=values)
-    flags.DEFINE_integer("seed", 0, "Seed of the pictures, the weights and the order.", flag_values=values)
+    whole_number(values, "scenes", 0, "Pictures to draw; 0 takes the demo's own number.", low=0)
+    whole_number(values, "caption_steps", 0, "Pre-training steps; 0 takes the demo's own number.", low=0)
+    whole_number(values, "epochs", 0, "Epochs of stage 1; 0 takes the demo's own number.", low=0)
+    whole_number(values, "seed", 0, "Seed of the pictures, the weights and the order.", low=0)
 
 
 def run(values: flags.FlagValues) -> int:

@@ -3,17 +3,18 @@
   multitap evaluate --scores=scores.jsonl --input=ratings.jsonl --output=evaluation
 
 Scores (of `multitap score`, or anyone's JSONL with id and score) are joined with the records by id. The overall score
-is compared with --target; every objective that has a head and ratings is compared with its own ratings. Each number
-(Kendall tau_b and tau_c, Pearson, Spearman, accuracy |prediction - target| <= 0.5, mean squared error) comes with a
-bootstrap interval; ties and left-out records are counted. --output gets metrics.json and plots.
+is compared with --target; every objective that has a head and ratings is compared with its own ratings. Ratings from 1
+to 5 under the name realism, for instance, need --target=ratings.realism --target_range=1,5. The table has the
+correlations; --output gets plots and metrics.json with everything (Kendall tau_b and tau_c, Pearson, Spearman, accuracy
+|prediction - target| <= 0.5, mean squared error, each with a bootstrap interval, ties, left-out records).
 """
 
-import sys
+import re
 from pathlib import Path
 
 from absl import flags
 
-from multitap_jax.verbs.common import input_flags
+from multitap_jax.verbs.common import input_flags, whole_number
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -21,10 +22,19 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("scores", None, "Scores (JSONL). Required.", flag_values=values)
     flags.DEFINE_string("output", None, "Folder for metrics.json and plots.", flag_values=values)
     flags.DEFINE_string(
-        "target", "score", '"score" or "ratings.NAME": what overall is compared with.', flag_values=values
+        "target",
+        None,
+        '"score", "ratings.NAME" or "none": what overall is compared with. By default what the model was trained on, '
+        "where `score` noted it, else score.",
+        flag_values=values,
     )
-    flags.DEFINE_list("target_range", ["0", "1"], "Values of the target that mean 0 and 1.", flag_values=values)
-    flags.DEFINE_integer("bootstrap", 1000, "Bootstrap samples.", flag_values=values)
+    flags.DEFINE_string(
+        "target_range",
+        None,
+        "LOW,HIGH: values of the target that mean 0 and 1 (default: noted, or 0,1).",
+        flag_values=values,
+    )
+    whole_number(values, "bootstrap", 1000, "Bootstrap samples; 0 for no intervals.", low=0)
     flags.mark_flag_as_required("scores", flag_values=values)
 
 
@@ -34,28 +44,37 @@ def run(values: flags.FlagValues) -> int:
     from multitap_jax.data.records import check_rejected_share
     from multitap_jax.evaluation.report import evaluate_files
 
-    if len(values.target_range) != 2:
-        raise ValueError(f"--target_range={','.join(values.target_range)}: expected two numbers, LOW,HIGH")
-    low, high = (float(v) for v in values.target_range)
-    if values.bootstrap < 0:
-        raise ValueError(f"--bootstrap={values.bootstrap}: a number of samples, or 0 for no intervals")
     report = evaluate_files(
         values.scores,
         values.input,
         target=values.target,
-        target_range=(low, high),
+        target_range=_range(values.target_range),
         bootstrap_samples=values.bootstrap,
         allow_outside_root=values.allow_outside_root,
     )
     check_rejected_share(Path(values.input), report.n_records, report.rejected, values.max_rejected)
-    if not report.overall.n and not any(metrics.n for metrics in report.objectives.values()):
+    compared = any(metrics.n for metrics in report.objectives.values())
+    if not (compared if report.target == "none" else report.overall.n):
+        what = "ratings of its objectives" if report.target == "none" else report.target
         raise ValueError(
-            f"nothing to compare: no record of {values.input} has {values.target} and a line in {values.scores}; "
+            f"nothing to compare: no record of {values.input} has {what} and a usable line in {values.scores}; "
             "check --target and the ids"
         )
-    # Tables are unreadable when folded, so a pipe gets them at full width.
-    Console(width=None if sys.stdout.isatty() else 240).print(report.table())
+    Console().print(report.table())
     if values.output:
         report.save(values.output)
         print(f"wrote {values.output}")
     return 0
+
+
+def _range(text: str | None) -> tuple[float, float] | None:
+    """1,5 as well as (1, 5) or [1, 5]."""
+    if text is None:
+        return None
+    try:
+        low, high = (float(part) for part in re.sub(r"[()\[\]]", "", text).split(","))
+    except ValueError:
+        raise ValueError(
+            f"--target_range={text}: expected two numbers, the lowest and the highest, such as --target_range=1,5"
+        ) from None
+    return low, high

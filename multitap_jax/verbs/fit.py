@@ -26,7 +26,8 @@ def run(values: flags.FlagValues) -> int:
     from multitap_jax.stage2.fit import fit_records, fit_store, make_head
 
     if bool(values.embeddings) == bool(values.input):
-        raise ValueError("give either --embeddings (a folder that `embed` wrote) or --input (records), not both")
+        sources = "--embeddings (a folder that `embed` wrote) or --input (records)"
+        raise ValueError(f"give one of {sources}" + (", not both" if values.input else ""))
     head = make_head(values.alphas, values.cv, values.selection)
     if values.embeddings:
         fit_store(head, values.embeddings, values.checkpoint)

@@ -147,7 +147,10 @@ def save_backbone(
 
 
 def unused_tensors(folder: str | Path) -> dict[str, Stored]:
-    """Hub key -> tensor of a folder that no score needs but other programs load: an output embedding of its own.
+    """Tensors of a folder that no score needs but other programs load, such as an output embedding of its own.
+
+    Returns:
+      hub key -> tensor.
 
     Raises:
       FolderError: see `families.read_config` and `files.stored_tensors`.

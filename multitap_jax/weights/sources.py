@@ -48,10 +48,11 @@ def locate(checkpoint: str | Path) -> Source:
         return _fetch(name)
     folder = Path(checkpoint)
     if not folder.is_dir():
-        hint = (
-            f"; a repository of the hub is asked for as {HUB}{name}" if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else ""
+        asked = name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else "OWNER/NAME"
+        raise SourceError(
+            f"{folder}: no such folder. Nothing is fetched unasked: {HUB}{asked} names a repository of the hub; "
+            "`multitap demo` leaves a tiny model in demo_run/base"
         )
-        raise SourceError(f"{folder}: no such folder{hint}")
     return _of_folder(folder)
 
 

@@ -60,7 +60,7 @@ def test_pixel_statistics_are_checked(statistics):
         Qwen2VLConfig.from_hf(tiny_config(), statistics)
 
 
-@pytest.mark.parametrize("config", [{}, {"model_type": "mllama"}])
+@pytest.mark.parametrize("config", [{}, {"model_type": "clip"}])
 def test_another_family_is_refused_with_the_known_ones(config):
-    with pytest.raises(UnsupportedModelError, match="is not supported; supported: qwen2_vl"):
+    with pytest.raises(UnsupportedModelError, match=r"is not supported; supported: .*qwen2_vl"):
         from_config(config, rngs=nnx.Rngs(0))

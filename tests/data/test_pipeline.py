@@ -8,9 +8,10 @@ from PIL import Image
 
 from multitap_jax.data.images import ImageReader
 from multitap_jax.data.layouts import GridLayout, Vision
-from multitap_jax.data.pipeline import PackedDataset, prepare, target_of
+from multitap_jax.data.pipeline import PackedDataset
+from multitap_jax.data.prepare import prepare, target_of
 from multitap_jax.data.prompts import Prompter
-from multitap_jax.data.records import Record
+from multitap_jax.data.records import Record, Rejected
 from multitap_jax.data.stream import Pair, StreamPacker
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -98,7 +99,7 @@ def test_copies_of_a_picture_are_one_image(records, parts, tmp_path):
 
 def test_a_picture_that_breaks_during_the_run_loses_its_weight_and_is_reported(records, parts):
     told = []
-    data = dataset(records, parts, epochs=1, on_failure=lambda path, reason: told.append((path, reason)))
+    data = dataset(records, parts, epochs=1, on_failure=told.extend)
     broken = records[0].images[0]
     broken.write_bytes(broken.read_bytes()[:60])
     weights = {}
@@ -107,7 +108,8 @@ def test_a_picture_that_breaks_during_the_run_loses_its_weight_and_is_reported(r
         for record, weight in zip(batch.record[batch.record >= 0], batch.weight[batch.record >= 0], strict=True):
             weights[ids[record]] = weight
     assert [name for name, weight in weights.items() if weight == 0] == [r.id for r in records if r.images == (broken,)]
-    assert told[0][0] == str(broken)
+    assert [(r.line, r.id) for r in told] == [(r.line, r.id) for r in records if r.images == (broken,)]
+    assert all(str(broken) in r.reason for r in told)
 
 
 def test_unusable_records_are_rejected_with_reasons(records, parts):
@@ -127,6 +129,30 @@ def test_unusable_records_are_rejected_with_reasons(records, parts):
     assert "tokens" in reasons["long"]
     with pytest.raises(ValueError, match="no usable pairs"):
         PackedDataset(prepare(bad, prompter, reader, vision), reader, vision, hidden=64, batch_size=2)
+
+
+def test_pictures_broken_below_their_header_are_rejected_with_every_record_of_theirs(records, parts):
+    prompter, reader, vision = parts
+    short, twice = records[1].images[0], records[3].images[0]
+    short.write_bytes(short.read_bytes()[:-2000])
+    assert reader.grid_of(short)  # the header is whole
+    both = dataclasses.replace(records[3], id="both", images=(twice, short), line=50)
+    counted = []
+    found = prepare([*records, both], prompter, reader, vision, advance=counted.append)
+    lost = [r for r in [*records, both] if short in r.images]
+    assert [(r.line, r.id) for r in found.rejected] == [(r.line, r.id) for r in lost]
+    assert all("truncated" in r.reason and str(short) in r.reason for r in found.rejected)
+    assert len(found.examples) == len(records) + 1 - len(lost)
+    assert found.lines == [r.line for r in records if short not in r.images]
+    assert sum(counted) == 6  # each file once
+
+
+def test_a_header_that_disagrees_with_the_pixels_is_refused(records, parts, monkeypatch):
+    reader = parts[1]
+    monkeypatch.setattr(type(reader), "grid_of", lambda self, source: (2, 2))
+    found = prepare(records[:1], *parts)
+    assert isinstance(found.rejected[0], Rejected)
+    assert "its header says (2, 2)" in found.rejected[0].reason
 
 
 def test_targets_are_mapped_to_the_unit_interval(records):

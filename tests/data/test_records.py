@@ -170,7 +170,14 @@ def test_require_and_absent_pictures(folder):
     path = write(folder, base(score=1), base(id="2", ratings={"x": 1}), base(id="3", ratings={"x": None}))
     assert [isinstance(item, Record) for item in iter_records(path, require="score")] == [True, False, False]
     kept = list(iter_records(path, require="ratings.x"))
-    assert kept[2].reason == "ratings.x is missing, and this run needs it"
+    assert kept[2].reason == (
+        "ratings.x is missing, and this run needs it; add it, or name another number with --target=ratings.NAME"
+    )
+    (without, *_) = (r for r in iter_records(path, require="score", flags="--config.data.") if isinstance(r, Rejected))
+    assert without.reason == (
+        "score is missing, and this run needs it; the record has ratings.x: "
+        "choose one with --config.data.target=ratings.x"
+    )
     with pytest.raises(RecordsError, match="expected 'score' or"):
         iter_records(path, require="ratings.")
     with pytest.raises(RecordsError, match="expected 'score' or"):
@@ -189,7 +196,7 @@ def test_too_many_rejected_lines_stop_the_run_with_reasons(folder, tmp_path):
     message = str(caught.value)
     assert "3 of 100 records rejected (3.0%, allowed 1.0%)" in message
     assert "line 98: text is empty" in message
-    assert "--max-rejected=0.03" in message
+    assert "--max_rejected=0.03" in message
     assert [json.loads(line)["line"] for line in rejected.read_text().splitlines()] == [98, 99, 100]
     result = load_records(path, max_rejected=0.03)
     assert (len(result.records), len(result.rejected)) == (97, 3)

@@ -61,6 +61,10 @@ def test_report_is_one_escaped_file_that_loads_nothing(tmp_path):
     assert "Largest errors" in page
     assert "Scenes are split, not pairs." in page
     assert "style='width:100%'" in page
+    assert "<th>Within 0.5 points</th>" in page
+    assert (
+        ".columns dl:last-child{grid-template-columns:1fr max-content}" in page
+    )  # else seconds break letter by letter
     assert "nan" not in re.sub(r"base64,[^\"]*", "", page)
 
 

@@ -82,6 +82,7 @@ def test_the_numbers_are_those_of_the_pairs(files):
     ):
         assert words in report.protocol
     assert report.protocol.split()[0] in shown(report)
+    assert "mapped" not in report_of(folder, records, scores, target="none", target_range=(0, 1)).protocol
     assert "[1, 5]" in shown(report)
     rated = report_of(folder, records, scores, target="ratings.safety", target_range=(0, 3))
     assert rated.points[:, 1].tolist() == [record["ratings"]["safety"] / 3 for record in records]
@@ -158,6 +159,8 @@ def test_wrong_files_and_ranges_are_refused(files):
     folder, records, scores = files
     with pytest.raises(RecordsError, match=r"record 'r4' \(line 5\): score = 5 lies outside target_range \(1, 4\)"):
         report_of(folder, records, scores, target_range=(1, 4))
+    with pytest.raises(RecordsError, match=r"no record has ratings.tone; it has score, ratings.safety, ratings.depth"):
+        report_of(folder, records, scores, target="ratings.tone")
     with pytest.raises(RecordsError, match="the first below the second"):
         report_of(folder, records, scores, target_range=(1, 1))
     with pytest.raises(RecordsError, match="expected 'score' or"):
@@ -166,6 +169,39 @@ def test_wrong_files_and_ranges_are_refused(files):
         evaluate_files(folder / "none.jsonl", folder / "r.jsonl")
     with pytest.raises(RecordsError, match="no scores"):
         report_of(folder, records, [])
+
+
+def test_the_table_fits_80_columns_and_prints_as_text(files, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    folder, records, scores = files
+    report = report_of(folder, records, scores)
+    rows = str(report.table()).splitlines()
+    assert max(map(len, rows)) <= 80
+    (line,) = (row for row in rows if row.strip().startswith("safety"))
+    tau = report.objectives["safety"].tau_c
+    assert f"{tau.value:.2f} [{tau.interval.low:.2f}, {tau.interval.high:.2f}]" in line
+
+
+def test_the_objectives_can_be_compared_alone(files):
+    folder, records, scores = files
+    report = report_of(folder, [r | {"score": None} for r in records], scores, target="none")
+    assert report.objectives["safety"].n == 12
+    assert "overall score" not in shown(report)
+    report.save(folder / "alone")
+    assert {path.name for path in (folder / "alone").iterdir()} == {"metrics.json", "objectives.png"}
+
+
+def test_the_target_is_the_one_that_was_trained_on(files):
+    """As `multitap score` notes it beside its output; what is asked for goes before."""
+    folder, records, scores = files
+    note = {"trained_on": {"target": "ratings.safety", "target_range": [0, 3]}, "settings": {"dtype": "bfloat16"}}
+    (folder / "s.jsonl.job.json").write_text(json.dumps(note))
+    found = report_of(folder, records, scores, target_range=None)
+    assert (found.target, found.dtype) == ("ratings.safety", "bfloat16")
+    assert found.points[:, 1].tolist() == [record["ratings"]["safety"] / 3 for record in records]
+    assert report_of(folder, records, scores, target="score").target == "score"
+    wider = report_of(folder, records, scores, target_range=(0, 6))
+    assert wider.points[:, 1].tolist() == [record["ratings"]["safety"] / 6 for record in records]
 
 
 @pytest.mark.skipif(not (SHARED / "benchmarks").is_dir(), reason="the published scores are not at hand")

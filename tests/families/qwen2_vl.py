@@ -1,25 +1,37 @@
-"""Qwen2-VL as transformers has it, tiny."""
+"""Qwen2-VL as transformers has it, tiny; and what its successors' oracles share."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from transformers import Qwen2VLImageProcessorPil
+from transformers import PreTrainedTokenizerFast, Qwen2VLImageProcessorPil
 
-from tests.families.common import Oracle
+from multitap_jax.data.stream import Pair
+from tests.families.common import Case, Oracle, picture
 from tests.tiny_qwen2_vl import tiny_config
 from tests.tiny_tokenizer import tiny_tokenizer
 
-PIXELS = (3136, 28224)  # of a picture, at least and at most
-POLICY = "native:3136:28224"
+POLICY = "native:3136:28224"  # pixels of a picture, at least and at most
+WIDE, TALL, SMALL = picture(150, 90), picture(60, 200), picture(30, 30)
+PAIRS = [
+    Pair((WIDE,), "a red ball"),
+    Pair((TALL,), "the blue box is far away on the right"),
+    Pair((WIDE,), 'a "red" ball is near on your left'),
+    Pair((SMALL, WIDE), "a ball", "Which way is safe?"),
+    Pair((), "no picture at all"),
+]
 
 
-def inputs(tokenizer: Any, rendered: str, images: Sequence[Image.Image]) -> dict[str, np.ndarray]:
-    """What Qwen2VLProcessor gives: placeholders repeated for each merged cell of their picture."""
+def inputs(
+    tokenizer: Any, rendered: str, images: Sequence[Image.Image], *, policy: str = POLICY, **options: Any
+) -> dict[str, np.ndarray]:
+    """What the Qwen processors give: placeholders repeated for each merged cell of their picture."""
     found: dict[str, np.ndarray] = {}
     if images:
-        processor = Qwen2VLImageProcessorPil(size={"shortest_edge": PIXELS[0], "longest_edge": PIXELS[1]})
+        least, most = map(int, policy.split(":")[1:])
+        processor = Qwen2VLImageProcessorPil(size={"shortest_edge": least, "longest_edge": most}, **options)
         found = dict(processor(images=list(images), return_tensors="np"))
         for cells in found["image_grid_thw"].prod(-1) // 4:
             rendered = rendered.replace("<|image_pad|>", "<|cell|>" * int(cells), 1)
@@ -29,23 +41,35 @@ def inputs(tokenizer: Any, rendered: str, images: Sequence[Image.Image]) -> dict
     return found | ({"mm_token_type_ids": (ids == image).astype(np.int64)} if images else {})
 
 
+def token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    """The entries of `config.json` that name tokens, and their number."""
+    token = tokenizer.convert_tokens_to_ids
+    names = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
+    names |= {"bos": "endoftext", "eos": "im_end"}
+    return {"vocab_size": len(tokenizer)} | {f"{key}_token_id": token(f"<|{name}|>") for key, name in names.items()}
+
+
+def qwen_oracle(
+    config: dict[str, Any],
+    model: str,
+    config_class: str,
+    tokenizer: PreTrainedTokenizerFast,
+    **preprocessor: Any,
+) -> Oracle:
+    """An oracle whose pictures go through `Qwen2VLImageProcessor` with these options."""
+    named = {"image_processor_type": "Qwen2VLImageProcessor", **preprocessor}
+    return Oracle(config, (model, config_class), tokenizer, named, functools.partial(inputs, **preprocessor))
+
+
 def oracle(**changes: Any) -> Oracle:
     tokenizer = tiny_tokenizer()
-    token = tokenizer.convert_tokens_to_ids
-    ids = {f"{name}_token_id": token(f"<|{name}|>") for name in ("vision_start", "vision_end")}
-    config = tiny_config(
-        **ids,
-        vocab_size=len(tokenizer),
-        image_token_id=token("<|image_pad|>"),
-        video_token_id=token("<|video_pad|>"),
-        bos_token_id=token("<|endoftext|>"),
-        eos_token_id=token("<|im_end|>"),
-        **changes,
-    )
-    return Oracle(
-        config,
-        ("Qwen2VLForConditionalGeneration", "Qwen2VLConfig"),
-        tokenizer,
-        {"image_processor_type": "Qwen2VLImageProcessor"},
-        inputs,
-    )
+    config = tiny_config(**token_ids(tokenizer), **changes)
+    return qwen_oracle(config, "Qwen2VLForConditionalGeneration", "Qwen2VLConfig", tokenizer)
+
+
+def cases() -> list[Case]:
+    tied, evaluation = oracle(tie_word_embeddings=True), {"prompt": "official-eval", "image_policy": POLICY}
+    return [
+        Case("native sizes, two pictures, none; M-RoPE", oracle(), PAIRS, {"image_policy": POLICY}),
+        Case("tied embeddings, evaluation prompt", tied, PAIRS, evaluation),
+    ]

@@ -2,18 +2,8 @@
 
 import pytest
 
-from multitap_jax.data.stream import Pair
-from tests.families.common import check_parity, picture
-from tests.families.qwen2_vl import POLICY, oracle
-
-WIDE, TALL, SMALL = picture(150, 90), picture(60, 200), picture(30, 30)
-PAIRS = [
-    Pair((WIDE,), "a red ball"),
-    Pair((TALL,), "the blue box is far away on the right"),
-    Pair((WIDE,), 'a "red" ball is near on your left'),
-    Pair((SMALL, WIDE), "a ball", "Which way is safe?"),
-    Pair((), "no picture at all"),
-]
+from tests.families.common import check_parity
+from tests.families.qwen2_vl import PAIRS, POLICY, oracle
 
 
 @pytest.fixture(scope="module")

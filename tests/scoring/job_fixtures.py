@@ -28,6 +28,7 @@ class FakeScorer:
     def __init__(self, fingerprint: str = "model-1", delay: float = 0.0):
         self.fingerprint = fingerprint
         self.settings = {"dtype": "float32"}
+        self.trained_on = {"target": "ratings.fit", "target_range": [1, 5]}
         self.delay = delay
         self.calls: list[int] = []
 

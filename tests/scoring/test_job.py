@@ -210,7 +210,7 @@ def test_too_many_rejected_stop_the_run_early_and_a_higher_limit_goes_on(tmp_pat
     source = write_records(tmp_path, 3000, dict.fromkeys(range(0, 3000, 20), "will fail"))
     output = tmp_path / "scores.jsonl"
     scorer = FakeScorer()
-    with pytest.raises(TooManyRejected, match=r"5\.0%.*made to fail.*--max-rejected"):
+    with pytest.raises(TooManyRejected, match=r"5\.0%.*made to fail.*--max_rejected"):
         score_file(scorer, source, output, window=500)
     assert sum(scorer.calls) == 1000
     with pytest.raises(TooManyRejected):

@@ -152,6 +152,16 @@ def test_pairs_of_weight_zero_do_not_matter():
     np.testing.assert_array_equal(losses(one), losses(two))
 
 
+def test_a_step_without_a_pair_that_counts_leaves_weights_and_moments():
+    """Decay and momentum would move them all the same."""
+    state, _ = run(None, steps=1)
+    batches = [toy_batch(0), toy_batch(1)._replace(weight=np.zeros_like(toy_batch(1).weight))]
+    after, history = run(None, steps=2, batches=batches)
+    assert (float(history[1]["pairs"]), bool(history[1]["finite"])) == (0.0, True)
+    for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_evaluation_gives_the_logits_of_the_model():
     model, batch = toy_model(), toy_batch(0)
     expected = model(jax.tree.map(jnp.asarray, batch), Execution())

@@ -25,6 +25,8 @@ from multitap_jax.config import (
     TrainConfig,
 )
 from multitap_jax.stage1.metrics import MetricsLog, NonFiniteError
+from multitap_jax.stage1.progress import describe
+from multitap_jax.stage1.spikes import LossSpikeError, SpikeWatch
 from multitap_jax.stage1.train import train
 from multitap_jax.stage1.trainable import add_lora, merge_lora
 from tests.stage1.toy import ToyDataset, toy_batch, toy_model
@@ -47,6 +49,30 @@ class Terminating(ToyDataset):
         if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return super().batch(step)
+
+
+@dataclasses.dataclass
+class Turning(ToyDataset):
+    """One batch again and again, whose targets the model has, until at `turn` they are the opposite."""
+
+    turn: int = 0
+
+    def __post_init__(self):
+        batch = jax.tree.map(jax.numpy.asarray, toy_batch(0))
+        self.scores = np.asarray(jax.jit(lambda: jax.nn.sigmoid(toy_model()(batch, Execution())))())
+
+    def batch(self, step):
+        batch = toy_batch(0)
+        target = self.scores + 0.02 if step < self.turn else 1 - np.round(self.scores)
+        return batch._replace(target=np.where(batch.weight > 0, target, 0).astype(np.float32))
+
+
+class Empty(ToyDataset):
+    """Its second batch has no pair that counts."""
+
+    def batch(self, step):
+        batch = super().batch(step)
+        return batch._replace(weight=np.zeros_like(batch.weight)) if step == 1 else batch
 
 
 def lines(workdir):
@@ -153,9 +179,55 @@ def test_nan_stops_the_run_and_names_the_records(tmp_path):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
 
 
+def test_a_loss_that_rises_and_stays_stops_the_run_and_names_the_records(tmp_path):
+    config = dataclasses.replace(
+        CONFIG,
+        evaluate_every=0,
+        spike_factor=3.0,
+        optimizer=OptimizerConfig(learning_rate=0.0),
+        checkpoint=CheckpointConfig(every_steps=0),
+    )
+    with pytest.raises(LossSpikeError, match=r"step 45: the median loss.*records step\d\d-pair0, .*spike_factor=0"):
+        train(config, tmp_path, toy_model(), Turning(num_steps=60, turn=40))
+    assert lines(tmp_path)[-1]["step"] == 44
+
+
+def test_one_unlucky_batch_is_no_spike():
+    watch = SpikeWatch(10.0)
+    rng = np.random.default_rng(0)
+    losses = 0.02 * rng.standard_normal(20_000) ** 2  # one pair a step
+    assert max(losses) > 30 * np.median(losses)
+    assert not any(watch.see(step, loss) for step, loss in enumerate(losses))
+    found = [spike for step in range(20_000, 20_010) if (spike := watch.see(step, 0.3 + 0.01 * (step % 3)))]
+    assert found[0].recent == pytest.approx(0.31, abs=0.011)
+    assert 20_000 <= found[0].worst < 20_010
+    quiet = SpikeWatch(0.0)
+    assert not any(quiet.see(step, float(step > 100)) for step in range(200))
+
+
+def test_a_step_without_pairs_is_logged_without_a_loss(tmp_path, capsys):
+    train(dataclasses.replace(CONFIG, evaluate_every=0), tmp_path, toy_model(), Empty())
+    assert [line["loss"] is None for line in lines(tmp_path) if "loss" in line] == [False, True] + [False] * 4
+    assert "n/a (no pair counted)" in capsys.readouterr().err
+
+
+def test_the_check_stops_the_run_before_the_batch_is_used(tmp_path):
+    calls = []
+
+    def check():
+        calls.append(len(lines(tmp_path)))
+        if len(calls) == 3:
+            raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        train(dataclasses.replace(CONFIG, evaluate_every=0), tmp_path, toy_model(), ToyDataset(), check=check)
+    assert calls[:2] == [0, 1]
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
 # 2026-11: reads that orbax gives up on end after its event loop is closed, and say so from their threads.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_damaged_checkpoint_is_skipped_and_set_aside(whole, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_skipped_and_set_aside(whole, tmp_path, capsys, caplog):
     train(CONFIG, tmp_path, toy_model(), Terminating())
     for path in (tmp_path / "checkpoints" / "4").rglob("*"):
         if path.is_file() and path.parent.name == "d":
@@ -163,6 +235,7 @@ def test_a_damaged_checkpoint_is_skipped_and_set_aside(whole, tmp_path, capsys):
     result = train(CONFIG, tmp_path, toy_model(), ToyDataset())
     shown = capsys.readouterr().err
     assert "checkpoints/4 is damaged and was skipped" in shown
+    assert not [entry for entry in caplog.records if entry.name == "absl" and entry.levelname == "ERROR"]
     assert "going on after step 2 of 6" in shown
     assert (tmp_path / "corrupt" / "4").is_dir()
     assert_same_model(result.model, whole[1].model)
@@ -210,6 +283,12 @@ def test_settings_that_cannot_be_used_are_refused(tmp_path):
         train(dataclasses.replace(CONFIG, mesh=MeshConfig(context=2)), tmp_path, toy_model(), ToyDataset())
     with pytest.raises(ConfigError, match="the model has no adapters"):
         train(dataclasses.replace(CONFIG, trainable=TrainableConfig(parts="lora")), tmp_path, toy_model(), ToyDataset())
+
+
+def test_rates_are_numbers_that_people_read():
+    line = {"loss": 0.25, "seconds_per_step": 0.01234, "pairs_per_second": 1013.2, "mfu": None}
+    text = describe(line | {"tokens_per_second": 1e6, "packing_efficiency": 0.9})
+    assert "0.0123 s/step  1,013 pairs/s  1,000,000 tokens/s" in text
 
 
 def test_the_log_drops_what_lies_beyond_the_step_and_a_torn_line(tmp_path):

@@ -101,7 +101,6 @@ def test_adapters_lie_like_their_kernels():
             TrainableConfig(lora_targets=("q_proj",)),
             r"'q_proj' names no linear module; there are: .*text\.layers\.up_proj",
         ),
-        (TrainableConfig(lora_targets=("proj",), lora_rank=0), r"lora_rank = 0"),
         (TrainableConfig(lora_targets=()), r"lora_targets is empty"),
     ],
 )

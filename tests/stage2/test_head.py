@@ -279,5 +279,6 @@ def test_summary_shows_every_objective_and_note():
     head = RidgeHead().fit(x, y, objective_names=["safety", "clarity", "style"])
     page = io.StringIO()
     Console(width=120, file=page).print(head.summary())
+    assert "objective" in str(head.summary())  # what print shows in a plain script
     text = page.getvalue()
     assert all(word in text for word in ("safety", "clarity", "style", "kfold", "constant labels"))

@@ -39,6 +39,8 @@ def test_plots_show_the_fit():
     _, ax = plt.subplots()
     assert predicted_vs_human(head.predict(x)[:, 0], y[:, 0], "a", ax, max_points=50) is ax
     points = ax.lines[0].get_xydata()
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("human", "predicted")
+    assert set(points[:, 0]) <= set(y[:, 0])
     assert 25 <= len(points) <= 50
     assert np.isfinite(points).all()
     plt.close("all")

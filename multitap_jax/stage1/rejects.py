@@ -1,0 +1,58 @@
+"""The records that a run could not use: judged per records file, and kept in `rejected.jsonl` whatever happens."""
+
+import json
+import threading
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+from multitap_jax.data.records import Rejected, check_rejected_share, read_rejected, write_rejected
+
+FLAGS = "--config.data."  # what `train` calls the settings that other verbs have as --max_rejected, ...
+
+
+class Rejects:
+    """Collects rejected records; safe to call from the loader's threads.
+
+    Each one is on disk before `add` returns, in the file as it stands there: what an earlier part of the run has found
+    stays, for its steps were made without those records.
+
+    Args:
+      file: `rejected.jsonl`.
+      max_rejected: share of the records of a file above which the run stops.
+      resumed: whether the file is of an earlier part of this run; otherwise it begins empty.
+      write: False in all processes but the first.
+    """
+
+    def __init__(self, file: Path, max_rejected: float, *, resumed: bool, write: bool = True):
+        self._file, self._max_rejected, self._write = file, max_rejected, write
+        self._kept = dict.fromkeys(read_rejected(file) if resumed else [])
+        self._sources: dict[Path, tuple[int, dict[Rejected, None]]] = {}
+        self._lock = threading.Lock()
+        if write:
+            write_rejected(file, self._kept)
+
+    def open(self, source: Path, total: int) -> None:
+        """Announces a records file with `total` records, good or not."""
+        self._sources[source] = (total, {})
+
+    def add(self, source: Path, rejected: Iterable[Rejected]) -> None:
+        """Takes what was found wrong in `source`, which was announced before."""
+        with self._lock:
+            found = [item for item in rejected if item not in self._sources[source][1]]
+            self._sources[source][1].update(dict.fromkeys(found))
+            new = [item for item in found if item not in self._kept]
+            self._kept.update(dict.fromkeys(new))
+            if new and self._write:
+                with self._file.open("a", encoding="utf-8") as file:
+                    file.writelines(json.dumps(asdict(item)) + "\n" for item in new)
+
+    def judge(self) -> None:
+        """Raises RecordsError where a source has lost more than `max_rejected` of its records, or all."""
+        with self._lock:
+            sources = {source: (total, list(found)) for source, (total, found) in self._sources.items()}
+        for source, (total, found) in sources.items():
+            check_rejected_share(source, total - len(found), found, self._max_rejected, flags=FLAGS)
+
+    def __len__(self) -> int:
+        return len(self._kept)

@@ -1,0 +1,91 @@
+"""Llama-3.2-Vision keeps images apart: who sees them, how often they are encoded, and that packing changes nothing."""
+
+import numpy as np
+import pytest
+
+from multitap_jax.backbones import Execution, attention
+from multitap_jax.backbones.cross import see
+from multitap_jax.data.processing import Processing
+from multitap_jax.data.stream import Pair
+from multitap_jax.weights.hub import load_backbone
+from tests.families.common import FLOAT32, batches, contract_of, conversation, forward, states, torch_inputs
+from tests.families.mllama import LARGE, PAIRS, POLICY, SMALL, TALL, WIDE, oracle, tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("mllama")
+    oracle().write(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def backbone(folder):
+    return load_backbone(folder)
+
+
+def packed(folder, pairs):
+    (batch,) = batches(folder, pairs, contract_of(folder, image_policy=POLICY))
+    return batch
+
+
+def test_who_sees_what_is_the_processors_mask(folder, backbone):
+    """Tile by tile, also where image tokens follow each other and where text follows them."""
+    tower = backbone.vision
+    tokens = tower.config.tile_tokens
+    for pair in (PAIRS[0], PAIRS[3], Pair((SMALL, LARGE, WIDE), "a ball")):
+        batch = packed(folder, [pair])
+        states = np.zeros((len(batch.patches), 4 * tokens, 64), np.float32)
+        sight = see(batch, states, tower.real_tiles(batch), row_mask="hf", backend="dense")
+        inputs = torch_inputs(oracle(), pair, contract_of(folder, image_policy=POLICY))
+        expected = inputs["cross_attention_mask"][0].numpy().astype(bool)
+        length = len(expected)
+        tiles = np.asarray(sight.visibility.mask)[0, :length].reshape(length, -1, tokens)
+        early = ~expected.any(axis=(1, 2))
+        assert early.any()
+        seen = np.where(early[:, None], True, expected.reshape(length, -1))
+        np.testing.assert_array_equal(tiles, np.repeat(seen[:, :, None], tiles.shape[2], axis=2))
+        np.testing.assert_array_equal(np.asarray(sight.sees)[0, :length], ~early)
+        assert not np.asarray(sight.visibility.mask)[0, length:].any()
+
+
+def test_a_pair_gets_what_it_gets_alone(folder, backbone):
+    """Whatever else is in the batch; without an image, the program alone does not even have a tower."""
+    contract = contract_of(folder, image_policy=POLICY)
+    together = states(backbone, folder, PAIRS, contract)
+    for index in (2, 5):
+        alone = states(backbone, folder, [PAIRS[index]], contract)
+        np.testing.assert_allclose(together[index], alone[0], atol=5e-6, rtol=0)
+
+
+def test_a_picture_is_encoded_once(folder):
+    """Three pictures in nine pairs, in any group: three images in the tower."""
+    pairs = [Pair((image,), f"a ball {n}", r) for image in (SMALL, WIDE) for n in range(2) for r in (None, "Which?")]
+    batch = packed(folder, [*pairs, Pair((TALL, SMALL), "a box")])
+    assert (batch.patch_segment.max(axis=1) > 0).sum() == 3
+    assert batch.patch_segment.max() == 1
+    assert len(np.unique(batch.image_cell[batch.image_cell >= 0])) == 3
+    assert batch.image_token.shape[1] == 2
+
+
+@pytest.mark.parametrize("setting", [{"layers": "loop"}, {"attention": "blockwise"}, {"attention": "chunked"}], ids=str)
+def test_execution_changes_no_value(folder, backbone, monkeypatch, setting):
+    monkeypatch.setattr(attention, "BLOCK", 16)
+    monkeypatch.setattr(attention, "CHUNK", 24)
+    batch = packed(folder, PAIRS)
+    expected = np.asarray(forward(backbone, batch, FLOAT32))
+    got = np.asarray(forward(backbone, batch, Execution(**setting)))
+    np.testing.assert_allclose(got, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("prompt", ["official-train", "official-eval", "official-stage2"])
+def test_prompts_are_those_of_the_chat_template(folder, prompt):
+    prompter = Processing.from_folder(folder, contract_of(folder, prompt=prompt)).prompter
+    for images in range(3):
+        for request in (None, "Which way is safe?"):
+            pair = Pair((SMALL,) * images, ' a "red" ball\n is near ', request)
+            rendered = tokenizer().apply_chat_template(conversation(pair, prompt), tokenize=False)
+            expected = tokenizer()(rendered, add_special_tokens=False)["input_ids"]
+            (found,) = prompter.encode([pair.text], [request], [images])
+            assert [*found.prefix, *found.text] == expected
+            assert tokenizer().convert_ids_to_tokens(int(found.text[-1])) == "<|eot_id|>"
