@@ -30,13 +30,18 @@ def fill(
       sharding: where it goes; None is the default device.
       on_read: is given every tensor, whole. Without it, only the rows that this process's devices hold are read.
     """
+    if _on_host(sharding):
+        out = aligned_empty(leaf.shape, np.dtype(leaf.dtype))
+        for slot, source in zip(slots, sources, strict=True):
+            permute_into(out if slot.layer is None else out[slot.layer], _read(source, on_read), slot.axes)
+        return jax.device_put(out, sharding)  # takes the memory over
     if slots[0].layer is None:
-        raw, axes = _place(sources[0], slots[0], sharding, on_read)
-        return _permute(raw, axes=axes, dtype=leaf.dtype, sharding=sharding)
+        raw = _place(sources[0], slots[0], sharding, on_read)
+        return _permute(raw, axes=slots[0].axes, dtype=leaf.dtype, sharding=sharding)
     stack = _zeros(shape=leaf.shape, dtype=leaf.dtype, sharding=sharding)
     for slot, source in zip(slots, sources, strict=True):
-        raw, axes = _place(source, slot, sharding, on_read)
-        stack = _set_layer(stack, raw, np.asarray(slot.layer, np.int32), axes=axes, sharding=sharding)
+        raw = _place(source, slot, sharding, on_read)
+        stack = _set_layer(stack, raw, np.asarray(slot.layer, np.int32), axes=slot.axes, sharding=sharding)
         stack.block_until_ready()  # before the next one is read
     return stack
 
@@ -49,58 +54,59 @@ def needed_rows(shape: tuple[int, ...], sharding: Sharding | None) -> slice:
     return slice(min(first for first, _, _ in spans), max(last for _, last, _ in spans))
 
 
-def permuted(value: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-    """`value.transpose(axes)`, contiguous; a matrix in blocks, several times faster than NumPy or XLA on a CPU."""
-    if axes == tuple(range(value.ndim)):
-        return value
-    out = aligned_empty(tuple(value.shape[axis] for axis in axes), value.dtype)
-    if value.ndim != 2:
+def permute_into(out: np.ndarray, value: np.ndarray, axes: tuple[int, ...]) -> None:
+    """`out[...] = value.transpose(axes)`; a matrix in blocks, which is several times faster than NumPy or XLA alone."""
+    if out.dtype == value.dtype:  # NumPy moves integers faster than types it does not know, such as bfloat16
+        bits = np.dtype(f"u{value.dtype.itemsize}")
+        out, value = out.view(bits), value.view(bits)
+    if axes != (1, 0):
         out[...] = value.transpose(axes)
-        return out
+        return
     for start in range(0, value.shape[0], BLOCK):
         out[:, start : start + BLOCK] = value[start : start + BLOCK].T
-    return out
+
+
+def _read(
+    source: Stored, on_read: Callable[[Stored, np.ndarray], None] | None, rows: slice = slice(None)
+) -> np.ndarray:
+    value = source.read(slice(None) if on_read else rows)
+    if on_read:
+        on_read(source, value)
+    return value
 
 
 def _place(
     source: Stored, slot: Slot, sharding: Sharding | None, on_read: Callable[[Stored, np.ndarray], None] | None
-) -> tuple[jax.Array, tuple[int, ...]]:
-    """The tensor, in its own type, where its slice of the parameter will be; and the permutation still to be done.
-
-    Accelerators permute in passing; for a CPU it is done here.
-    """
-    local = _tensor_sharding(slot, sharding, slot.inverse)
+) -> jax.Array:
+    """Puts a tensor, still in its own layout and type, where its slice of the parameter will be."""
+    local = _tensor_sharding(slot, sharding)
     rows = needed_rows(source.shape, None if on_read else local)
-    value = source.read(rows)
-    if on_read:
-        on_read(source, value)
-    shape, first, axes = source.shape, (rows.start, *[0] * (len(source.shape) - 1)), slot.axes
-    if _on_host(sharding):
-        value, axes = permuted(value, axes), tuple(range(len(axes)))
-        shape, first = (tuple(numbers[axis] for axis in slot.axes) for numbers in (shape, first))
-        local = _tensor_sharding(slot, sharding, axes)
+    value = _read(source, on_read, rows)
     if local is None:
-        return jax.device_put(value, sharding), axes
+        return jax.device_put(value, sharding)
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
-        spans = [span.indices(size) for span, size in zip(index or (), shape, strict=True)]
-        return value[tuple(slice(a - start, b - start) for (a, b, _), start in zip(spans, first, strict=False))]
+        if not index:
+            return value
+        first, last, _ = index[0].indices(source.shape[0])
+        return value[(slice(first - rows.start, last - rows.start), *index[1:])]
 
-    return jax.make_array_from_callback(shape, local, part), axes
+    return jax.make_array_from_callback(source.shape, local, part)
 
 
-def _tensor_sharding(slot: Slot, sharding: Sharding | None, order: tuple[int, ...]) -> NamedSharding | None:
-    """The parameter's sharding as that of one of its tensors, dimensions in this order; None for a single device."""
+def _tensor_sharding(slot: Slot, sharding: Sharding | None) -> NamedSharding | None:
+    """The parameter's sharding as that of one of its tensors; None for a single device."""
     if not isinstance(sharding, NamedSharding):
         return None
     spec = list(sharding.spec) + [None] * (len(slot.shape) + 1)
     spec = spec[1:] if slot.layer is not None else spec
-    return NamedSharding(sharding.mesh, PartitionSpec(*(spec[axis] for axis in order)))
+    return NamedSharding(sharding.mesh, PartitionSpec(*(spec[axis] for axis in slot.inverse)))
 
 
 def _on_host(sharding: Sharding | None) -> bool:
-    devices = jax.devices() if sharding is None else sharding.device_set
-    return all(device.platform == "cpu" for device in devices)
+    """Whether the parameter will be in this process's memory, as one piece: then it is made there."""
+    devices: Any = [jax.local_devices()[0]] if sharding is None else list(sharding.device_set)
+    return len(devices) == 1 and bool(devices[0].platform == "cpu")
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype", "sharding"))

@@ -162,7 +162,7 @@ def match(
             here = tuple(tensors[found[key]].shape)
             sizes += [(key, a, b) for a, b in zip(shape, here, strict=False) if a != b and len(here) == len(shape)]
     if problems:
-        layers = _layer_counts(table, set(wanted), set(found) | set(unknown))
+        layers = _layer_counts(table, set(wanted), (found.keys() & wanted.keys()) | set(unknown))
         lines = contradictions(entries or {}, sizes, layers) + problems
         count = f"{len(problems)} tensors do not" if len(problems) > 1 else "1 tensor does not"
         raise WeightError(f"{count} fit the model:\n  " + "\n  ".join(lines) + _hint(problems, wanted, found))

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from multitap_jax.files import tensor_hash
 from multitap_jax.scoring.artefact import Artefact
 from multitap_jax.weights import fill
-from multitap_jax.weights.fill import needed_rows, permuted
+from multitap_jax.weights.fill import needed_rows, permute_into
 from multitap_jax.weights.hashing import ReadAlong, folder_hash
 from multitap_jax.weights.hub import export_tensors, load_backbone
 from multitap_jax.weights.stored import FolderError, Stored, aligned_empty, read_header
@@ -104,24 +104,29 @@ def test_a_process_needs_the_rows_of_its_devices():
 
 
 @pytest.mark.parametrize("on_host", [True, False])
-@pytest.mark.parametrize("sharded", [False, True])
-def test_permuting_on_host_or_device_gives_the_same(folder, monkeypatch, on_host, sharded):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_on_the_host_and_on_a_device_the_same_is_made(folder, monkeypatch, on_host, dtype):
+    """An accelerator gets tensors as they are in the file and permutes them itself."""
     monkeypatch.setattr(fill, "_on_host", lambda sharding: on_host)
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-    rules = {"embed": "data", "mlp": "model", "heads": "model", "vision": "data"}
-    of = lambda axes: NamedSharding(mesh, PartitionSpec(*(rules.get(name) for name in axes)))
-    shardings = lambda model: jax.tree.map(lambda p: of(p.axes), model, is_leaf=lambda leaf: hasattr(leaf, "axes"))
-    found = dict(export_tensors(load_backbone(folder, shardings=shardings if sharded else None)))
+    found = dict(export_tensors(load_backbone(folder, param_dtype=jnp.dtype(dtype))))
     for name, value in load_file(folder / "model.safetensors").items():
-        np.testing.assert_array_equal(found[name], value)
+        assert found[name].tobytes() == value.astype(dtype).tobytes(), name
 
 
 @pytest.mark.parametrize("shape, axes", [((70, 33), (1, 0)), ((5, 3, 2, 4, 4), (2, 1, 3, 4, 0)), ((7,), (0,))])
-def test_permuted_is_a_transposition(shape, axes):
+def test_permuting_in_blocks_is_a_transposition(shape, axes):
     value = np.random.default_rng(0).standard_normal(shape).astype(ml_dtypes.bfloat16)
-    out = permuted(value, axes)
-    assert out.flags.c_contiguous
-    np.testing.assert_array_equal(out, value.transpose(axes))
+    out = np.empty([shape[axis] for axis in axes], np.float32)
+    permute_into(out, value, axes)
+    np.testing.assert_array_equal(out, value.transpose(axes).astype(np.float32))
+
+
+def test_parameters_made_on_the_host_may_be_donated(folder):
+    model = load_backbone(folder)
+    before = [np.array(leaf) for leaf in jax.tree.leaves(model)]
+    step = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)
+    for after, leaf in zip(jax.tree.leaves(step(step(model))), before, strict=True):
+        np.testing.assert_array_equal(after, (leaf + 1) + 1)
 
 
 def test_memory_that_jax_takes_over():

@@ -23,7 +23,6 @@ from multitap_jax.scoring.exports.official import ContractWarning
 from multitap_jax.scoring.manifest import ArtefactError
 from multitap_jax.scoring.saving import CONFIG
 from multitap_jax.weights.files import read_json, stored_tensors
-from multitap_jax.weights.hub import unused_tensors
 from multitap_jax.weights.writer import write_folder
 
 ABOUT = "multitap_vllm.json"
@@ -46,8 +45,7 @@ def export_vllm(
     heads = artefact.head_arrays()
     config = classification_config(read_json(artefact.folder / CONFIG))
     contract = artefact.manifest.contract
-    unused = unused_tensors(artefact.folder)  # an output embedding, which vLLM would skip
-    stored = {name: tensor for name, tensor in stored_tensors(artefact.folder).items() if name not in unused}
+    stored = stored_tensors(artefact.folder)
     score = {"score.weight": heads["reward_head.weight"], "score.bias": heads["reward_head.bias"]}
     headers = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in (stored | score).items()}
 
