@@ -93,10 +93,15 @@ def test_embed_fit_score_evaluate_export(artefact, world, folder, capsys):
     )
     assert {"metrics.json"} < {path.name for path in report.iterdir()}
     assert json.loads((report / "metrics.json").read_text())["dtype"] == "float32"  # noted by `score`
-    for layout in ("artefact", "heads", "official"):
+    for layout in ("artefact", "heads", "official", "vllm"):
         out = folder / "exports" / layout
         assert run("export", f"--checkpoint={artefact}", f"--output={out}", f"--format={layout}") == 0
         assert any(out.glob("*.safetensors"))
+    assert "warning: these weights were trained for position_mode mrope" in capsys.readouterr().err
+    back, again = folder / "exports" / "back", folder / "again.jsonl"
+    assert run("import", f"--checkpoint={folder / 'exports' / 'official'}", f"--output={back}") == 0
+    assert run("score", f"--checkpoint={back}", f"--input={world.heldout}", f"--output={again}") == 0
+    assert [line["score"] for line in lines(again)] == [line["score"] for line in found]
     capsys.readouterr()
 
 

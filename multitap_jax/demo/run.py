@@ -2,6 +2,7 @@
 
 import json
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from multitap_jax.demo.texts import vocabulary_sample
 from multitap_jax.demo.world import WorldPaths, build_world
 from multitap_jax.reward import RewardHead, RewardModel
 from multitap_jax.scoring.artefact import Artefact
-from multitap_jax.scoring.exports import export_heads, export_official
+from multitap_jax.scoring.exports import ContractWarning, export_heads, export_official
 from multitap_jax.scoring.job import score_file
 from multitap_jax.scoring.scorer import Scorer
 from multitap_jax.stage1.run import run_training
@@ -132,7 +133,9 @@ def run_demo(
     with demo.phase("6 export") as todo:
         if todo:
             export_heads(artefact, folder / "export" / "heads")
-            export_official(artefact, folder / "export" / "official")
+            with warnings.catch_warnings():  # that the official code squeezes pictures to another size is no news here
+                warnings.simplefilter("ignore", ContractWarning)
+                export_official(artefact, folder / "export" / "official")
     with demo.phase("7 score held-out pairs: trained, untrained, blanked pictures") as todo:
         if todo:
             _score_all(demo, world, artefact)

@@ -160,7 +160,7 @@ def match(
         elif problem := _misfit(tensors[found[key]], shape):
             problems.append(f"{problem[0]}: {found[key]} {_describe(tensors[found[key]])}, expected {problem[1]}")
             here = tuple(tensors[found[key]].shape)
-            sizes += [(a, b) for a, b in zip(shape, here, strict=False) if a != b and len(here) == len(shape)]
+            sizes += [(key, a, b) for a, b in zip(shape, here, strict=False) if a != b and len(here) == len(shape)]
     if problems:
         layers = _layer_counts(table, set(wanted), set(found) | set(unknown))
         lines = contradictions(entries or {}, sizes, layers) + problems

@@ -19,19 +19,20 @@ def size_entries(config: Mapping[str, Any], section: str = "") -> dict[str, int]
 
 def contradictions(
     entries: Mapping[str, int],
-    sizes: Collection[tuple[int, int]],
+    sizes: Collection[tuple[str, int, int]],
     layers: Mapping[str, tuple[int, int]],
 ) -> list[str]:
-    """Sentences that name the entries.
+    """Sentences that name the entries; where several have the value that is contradicted, all of them.
 
     Args:
       entries: from `size_entries`.
-      sizes: (what the configuration makes a dimension, what the tensor has) of dimensions that differ.
+      sizes: (key, what the configuration makes a dimension, what the tensor has) of dimensions that differ.
       layers: what layers are named in files -> (how many the configuration makes, how many there are).
     """
     lines = []
-    for expected, found in sorted(set(sizes)):
-        lines.append(f"{_named(entries, expected)}, but tensors have {found}")
+    for seeing, expected, found in sorted({("vis" in key, expected, found) for key, expected, found in sizes}):
+        near = {name: value for name, value in entries.items() if ("vis" in name) == seeing}
+        lines.append(f"{_named(near, expected)}, but tensors have {found}")
     for name, (expected, found) in layers.items():
         counts = {key: value for key, value in entries.items() if "layer" in key or "depth" in key}
         lines.append(f"{_named(counts, expected)}, but there are {found} of {name}")
@@ -40,7 +41,7 @@ def contradictions(
 
 def _named(entries: Mapping[str, int], value: int) -> str:
     names = [name for name, entry in entries.items() if entry == value]
-    return f"config.json says {' and '.join(names)} = {value}" if names else f"config.json makes a size {value}"
+    return f"config.json says {' or '.join(names)} = {value}" if names else f"config.json makes a size {value}"
 
 
 def _products(config: Mapping[str, Any]) -> dict[str, int]:
@@ -54,7 +55,7 @@ def _products(config: Mapping[str, Any]) -> dict[str, int]:
     if isinstance(config.get("head_dim"), int):
         dim, what = config["head_dim"], "head_dim"
     for name in (heads, "num_key_value_heads"):
-        if isinstance(config.get(name), int):
+        if isinstance(config.get(name), int) and (name != heads or config[name] * dim != config[width]):
             out[f"{name} * {what}"] = config[name] * dim
     if isinstance(config.get("mlp_ratio"), int):
         out[f"mlp_ratio * {width}"] = config["mlp_ratio"] * config[width]
