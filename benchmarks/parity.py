@@ -13,7 +13,7 @@ import platform
 import tempfile
 from pathlib import Path
 
-FAMILIES = ("qwen2_vl", "llava", "llava_onevision")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "mllama", "llava", "llava_onevision")
 
 HEAD = """# Parity with transformers
 

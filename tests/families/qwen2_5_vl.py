@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from tests.families.common import Oracle
-from tests.families.qwen2_vl import qwen_oracle, token_ids
+from tests.families.common import Case, Oracle
+from tests.families.qwen2_vl import POLICY, qwen_oracle, token_ids
+from tests.families.qwen_checks import PAIRS
 from tests.tiny_qwen2_vl import tiny_config
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -37,3 +38,11 @@ def config(**changes: Any) -> dict[str, Any]:
 
 def oracle(**changes: Any) -> Oracle:
     return qwen_oracle(config(**changes), "Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig", tiny_tokenizer())
+
+
+def cases() -> list[Case]:
+    evaluation = {"prompt": "official-eval", "image_policy": POLICY}
+    return [
+        Case("native sizes, two pictures, none; M-RoPE", oracle(), PAIRS, {"image_policy": POLICY}),
+        Case("tied embeddings, evaluation prompt", oracle(tie_word_embeddings=True), PAIRS, evaluation),
+    ]

@@ -8,20 +8,12 @@ import numpy as np
 from PIL import Image
 from transformers import PreTrainedTokenizerFast, Qwen2VLImageProcessorPil
 
-from multitap_jax.data.stream import Pair
-from tests.families.common import Case, Oracle, picture
+from tests.families.common import Case, Oracle
+from tests.families.qwen_checks import PAIRS
 from tests.tiny_qwen2_vl import tiny_config
 from tests.tiny_tokenizer import tiny_tokenizer
 
 POLICY = "native:3136:28224"  # pixels of a picture, at least and at most
-WIDE, TALL, SMALL = picture(150, 90), picture(60, 200), picture(30, 30)
-PAIRS = [
-    Pair((WIDE,), "a red ball"),
-    Pair((TALL,), "the blue box is far away on the right"),
-    Pair((WIDE,), 'a "red" ball is near on your left'),
-    Pair((SMALL, WIDE), "a ball", "Which way is safe?"),
-    Pair((), "no picture at all"),
-]
 
 
 def inputs(

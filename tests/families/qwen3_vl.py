@@ -7,8 +7,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from multitap_jax.demo.checkpoint import CHAT_TEMPLATE, train_tokenizer
-from tests.families.common import Oracle
+from tests.families.common import Case, Oracle
 from tests.families.qwen2_vl import inputs, token_ids
+from tests.families.qwen_checks import PAIRS
 from tests.tiny_tokenizer import CORPUS
 
 POLICY = "native:4096:36864"
@@ -82,3 +83,11 @@ def oracle(**changes: Any) -> Oracle:
     names = ("Qwen3VLForConditionalGeneration", "Qwen3VLConfig")
     written = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 16}
     return Oracle(config(**changes), names, tokenizer(), written, processor)
+
+
+def cases() -> list[Case]:
+    evaluation = {"prompt": "official-eval", "image_policy": POLICY}
+    return [
+        Case("native sizes, two pictures, none; M-RoPE", oracle(), PAIRS, {"image_policy": POLICY}),
+        Case("tied embeddings, evaluation prompt", oracle(tie_word_embeddings=True), PAIRS, evaluation),
+    ]

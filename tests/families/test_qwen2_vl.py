@@ -3,7 +3,8 @@
 import pytest
 
 from tests.families.common import check_parity
-from tests.families.qwen2_vl import PAIRS, POLICY, oracle
+from tests.families.qwen2_vl import POLICY, oracle
+from tests.families.qwen_checks import PAIRS
 
 
 @pytest.fixture(scope="module")
