@@ -13,7 +13,7 @@ import platform
 import tempfile
 from pathlib import Path
 
-FAMILIES = ("qwen2_vl",)
+FAMILIES = ("mllama", "qwen2_vl")
 
 HEAD = """# Parity with transformers
 

@@ -50,7 +50,7 @@ class DataConfig:
       target: "score" or "ratings.NAME": the number to learn.
       target_range: the values of the target that map to 0 and 1.
       prompt: prompt variant (`data/prompts.py`).
-      image_policy: "square:N", "native:MIN:MAX" pixels, or "auto" (the artefact's, else "square:560").
+      image_policy: "square:N", "native:MIN:MAX" pixels, "tiles:N", or "auto" (the artefact's, else "square:560").
       shuffle: "pairs" (as the official recipe) or "groups" (texts of one image stay together: far fewer tokens).
       row_length: tokens a packed row; 0 picks the smallest of the standard lengths that suits the data.
       max_length: longest pair in tokens, image tokens included; longer ones are rejected.
