@@ -16,7 +16,7 @@ from multitap_jax.backbones.config import check, decoder_config, expect, optiona
 from multitap_jax.backbones.cross import ROW_MASKS, CrossConfig, CrossDecoder, Sight, see
 from multitap_jax.backbones.decoder import DecoderConfig
 from multitap_jax.backbones.mllama_vision import STATES, VisionConfig, VisionModel
-from multitap_jax.backbones.stack import Execution
+from multitap_jax.backbones.stack import Execution, pin
 from multitap_jax.backbones.vision import block_flops
 from multitap_jax.batch import PackedBatch
 from multitap_jax.flops import Flops, Work, decoder_flops
@@ -136,5 +136,5 @@ class Mllama(Backbone):
         """The encoded images and who sees them; None for a batch whose shape has no image."""
         if batch.patches.shape[0] == 0 or batch.image_token.shape[1] == 0:
             return None
-        states, real = self.vision(batch, execution), self.vision.real_tiles(batch)
+        states, real = pin(self.vision(batch, execution), execution), self.vision.real_tiles(batch)
         return see(batch, states, real, row_mask=self.config.cross.row_mask, backend=execution.attention)

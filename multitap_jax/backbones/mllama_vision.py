@@ -19,7 +19,7 @@ from flax import nnx
 from multitap_jax.backbones.attention import Keys, Queries, Visibility, make_cross_visibility
 from multitap_jax.backbones.config import expect, optional
 from multitap_jax.backbones.layers import LayerNorm, Linear, gated, param
-from multitap_jax.backbones.stack import Execution, collect_layers, keep_layers, run_layers
+from multitap_jax.backbones.stack import Execution, collect_layers, keep_layers, pin, run_layers
 from multitap_jax.backbones.vision import CLIP_MEAN, CLIP_STD, PatchEmbedding, Pixels, VisionAttention, VisionMLP
 from multitap_jax.batch import PackedBatch
 from multitap_jax.config import ConfigError
@@ -161,9 +161,9 @@ class TileEmbedding(nnx.Module):
         self.embedding = param(_normal(rngs, shape, param_dtype), (None, "vision"))
         self.gate = param(jnp.zeros(1, param_dtype), (None,))
 
-    def __call__(self, x: jax.Array, ratio: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, ratio: jax.Array, execution: Execution) -> jax.Array:
         """[N, T, tokens, E], int32[N] -> [N, T, tokens, E]."""
-        rows = jnp.take(self.embedding[...], ratio, axis=0).astype(x.dtype)
+        rows = _rows(self.embedding[...], ratio, x.dtype, execution)
         return x + gated(self.gate[...], rows.reshape(*x.shape[:2], 1, x.shape[3]))
 
 
@@ -177,10 +177,10 @@ class PositionEmbedding(nnx.Module):
         self.tile_embedding = param(_normal(rngs, shape, param_dtype), (None, "vision"))
         self.gate = param(jnp.zeros(1, param_dtype), (None,))
 
-    def __call__(self, x: jax.Array, ratio: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, ratio: jax.Array, execution: Execution) -> jax.Array:
         """[N, T, U, E], int32[N] -> [N, T, U, E]."""
         inside = self.embedding[...].astype(x.dtype)[None, None]
-        whole = jnp.take(self.tile_embedding[...], ratio, axis=0).astype(x.dtype).reshape(x.shape)
+        whole = _rows(self.tile_embedding[...], ratio, x.dtype, execution).reshape(x.shape)
         return x + (inside - gated(self.gate[...], inside)) + gated(self.gate[...], whole)
 
 
@@ -227,7 +227,7 @@ class VisionModel(nnx.Module):
         shift = self.config.intermediate_states == "after"
         kept = [layer + shift for layer in self.config.intermediate_layers]
         x, states = keep_layers(self.layers, x, visibility, keep=kept, execution=execution)
-        x = run_layers(self.global_layers, self._between(x, ratio), visibility, execution=execution)
+        x = run_layers(self.global_layers, self._between(x, ratio, execution), visibility, execution=execution)
         # The K states of a channel stand beside each other: channel e of state k is number e * K + k.
         states = jnp.moveaxis(states, 0, -1).reshape(*x.shape[:2], -1)
         return self.projector(self._unfilled(jnp.concatenate([x, states], axis=-1)))
@@ -236,7 +236,7 @@ class VisionModel(nnx.Module):
         """[L + 1, N, T * W, E] of each stack: its input and the output of each layer."""
         x, ratio, visibility = self._prepare(batch, execution)
         first = collect_layers(self.layers, x, visibility, execution=execution)
-        x = self._between(first[-1], ratio)
+        x = self._between(first[-1], ratio, execution)
         return first, collect_layers(self.global_layers, x, visibility, execution=execution)
 
     def real_tiles(self, batch: PackedBatch) -> jax.Array:
@@ -251,9 +251,9 @@ class VisionModel(nnx.Module):
         x = self.patch_embed(jnp.asarray(batch.patches), execution.compute_dtype)
         x = x.reshape(images, tiles, config.tile_patches, config.size)
         x = jnp.where(real[:, :, None, None], x, 0)  # a padding tile is zero after normalisation, not before
-        x = self.tile_before(x, ratio)
+        x = self.tile_before(x, ratio, execution)
         first = jnp.broadcast_to(self.class_embedding[...].astype(x.dtype), (images, tiles, 1, config.size))
-        x = self.norm_before(self.position(jnp.concatenate([first, x], axis=2), ratio))
+        x = self.norm_before(self.position(jnp.concatenate([first, x], axis=2), ratio, execution))
         x = jnp.pad(x, [(0, 0), (0, 0), (0, config.filled_tokens - config.tile_tokens), (0, 0)])
         token = real[:, :, None] & (np.arange(config.filled_tokens) < config.tile_tokens)[None, None, :]
         return x.reshape(images, -1, config.size), ratio, _visibility(token.reshape(images, -1), execution)
@@ -267,10 +267,10 @@ class VisionModel(nnx.Module):
         last = jnp.asarray(batch.patch_position).reshape(real.shape[0], -1, 2).max(axis=1) // side
         return jnp.where(real.any(axis=1), jnp.asarray(table)[last[:, 0], last[:, 1]], 0)
 
-    def _between(self, x: jax.Array, ratio: jax.Array) -> jax.Array:
+    def _between(self, x: jax.Array, ratio: jax.Array, execution: Execution) -> jax.Array:
         """[N, T * W, E] -> [N, T * W, E]; the filling gets the embedding of its tile too."""
         tiles = self.norm_after(x).reshape(len(x), self.config.max_num_tiles, self.config.filled_tokens, -1)
-        return self.tile_after(tiles, ratio).reshape(x.shape)
+        return self.tile_after(tiles, ratio, execution).reshape(x.shape)
 
     def _unfilled(self, x: jax.Array) -> jax.Array:
         """[N, T * W, ...] -> [N, T * U, ...]."""
@@ -288,6 +288,11 @@ def _visibility(real: jax.Array, execution: Execution) -> Visibility:
 
 def _gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=False)
+
+
+def _rows(table: jax.Array, number: jax.Array, dtype: jnp.dtype, execution: Execution) -> jax.Array:
+    """Rows of a table that is split along them; it is gathered first, as weights are, or the rows would be."""
+    return jnp.take(pin(table.astype(dtype), execution), number, axis=0)
 
 
 def _through(gate: Any, x: jax.Array) -> jax.Array:

@@ -1,7 +1,6 @@
 """How a stack of equal layers is run: execution choices, the scan over layers, rematerialisation."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -124,18 +123,18 @@ def keep_layers(
 
 def _step(shared: tuple[Any, ...], execution: Execution) -> Callable[..., jax.Array]:
     """(x, layer, *own) -> layer(x, *shared, *own), held to the batch's sharding and rematerialised as asked."""
-    pin = functools.partial(_pin, execution.mesh)
-    step = lambda x, layer, *own: pin(layer(pin(x), *shared, *own))
+    step = lambda x, layer, *own: pin(layer(pin(x, execution), *shared, *own), execution)
     if execution.remat == "none":
         return step
     # A scan keeps XLA from merging the recomputation with the forward pass; an unrolled loop needs the barrier.
     return jax.checkpoint(step, policy=_POLICIES[execution.remat], prevent_cse=execution.layers == "loop")
 
 
-def _pin(mesh: jax.sharding.Mesh | None, x: jax.Array) -> jax.Array:
-    if mesh is None:
+def pin(x: jax.Array, execution: Execution) -> jax.Array:
+    """Holds an activation to the batch's sharding; see `Execution.mesh`."""
+    if execution.mesh is None:
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*[None] * x.ndim)))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(execution.mesh, PartitionSpec(*[None] * x.ndim)))
 
 
 def collect_layers(

@@ -105,3 +105,9 @@ def test_every_layer_equals_the_reference(model):
         expected = np.stack(towers[image])
         np.testing.assert_allclose(local[:, row], expected[: len(local)], atol=TOLERANCE, rtol=0)
         np.testing.assert_allclose(whole[:, row], expected[len(local) :], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("layers", [[0, 3], [2, 5]])
+def test_cross_attention_may_come_first_or_last_in_its_group(tmp_path, layers):
+    changed = oracle(text_config={"cross_attention_layers": layers})
+    check_parity(changed, changed.write(tmp_path), tmp_path, PAIRS[:3], image_policy=POLICY)

@@ -1,5 +1,7 @@
 """Llama-3.2-Vision keeps images apart: who sees them, how often they are encoded, and that packing changes nothing."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -8,7 +10,7 @@ from multitap_jax.backbones.cross import see
 from multitap_jax.data.processing import Processing
 from multitap_jax.data.stream import Pair
 from multitap_jax.weights.hub import load_backbone
-from tests.families.common import FLOAT32, batches, contract_of, conversation, forward, states, torch_inputs
+from tests.families.common import FLOAT32, QUICK, batches, contract_of, conversation, forward, states, torch_inputs
 from tests.families.mllama import LARGE, PAIRS, POLICY, SMALL, TALL, WIDE, oracle, tokenizer
 
 
@@ -76,6 +78,33 @@ def test_execution_changes_no_value(folder, backbone, monkeypatch, setting):
     expected = np.asarray(forward(backbone, batch, FLOAT32))
     got = np.asarray(forward(backbone, batch, Execution(**setting)))
     np.testing.assert_allclose(got, expected, atol=1e-5, rtol=0)
+
+
+def test_padding_is_finite_and_counts_for_nothing(folder, backbone):
+    """A cell without a group: rows and vision rows of nothing but padding, whose tiles are all padding too."""
+    (batch,) = batches(folder, PAIRS[:1], contract_of(folder, image_policy=POLICY), cells=2)
+    assert (batch.segment.max(axis=1) == 0).any()
+    assert (batch.patch_segment.max(axis=1) == 0).any()
+    weight = np.asarray(batch.record >= 0, np.float32)
+
+    def loss(model):
+        hidden = model(batch, FLOAT32)
+        return jnp.sum(jnp.tanh(hidden.sum(axis=-1) * 0.1) * weight), hidden
+
+    gradient, hidden = jax.jit(jax.grad(loss, has_aux=True), compiler_options=QUICK)(backbone)
+    assert np.isfinite(hidden).all()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+    alone = states(backbone, folder, PAIRS[:1], contract_of(folder, image_policy=POLICY))
+    np.testing.assert_allclose(np.asarray(hidden)[batch.record >= 0], alone, atol=5e-6, rtol=0)
+
+
+def test_bfloat16_is_near_float32(folder, backbone):
+    batch = packed(folder, PAIRS)
+    exact, short = (np.asarray(forward(backbone, batch, Execution(dtype=dtype))) for dtype in ("float32", "bfloat16"))
+    assert short.dtype == np.float32
+    exact, short = (x[batch.record >= 0] for x in (exact, short))
+    error = np.linalg.norm(short - exact, axis=-1) / np.linalg.norm(exact, axis=-1)
+    assert 0 < error.max() < 0.04
 
 
 @pytest.mark.parametrize("prompt", ["official-train", "official-eval", "official-stage2"])

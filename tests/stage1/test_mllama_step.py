@@ -1,5 +1,7 @@
 """Llama-3.2-Vision learns: the same step on a mesh with micro-batches, parts, adapters, a place for every parameter."""
 
+import re
+
 import jax
 import numpy as np
 from flax import nnx
@@ -18,7 +20,10 @@ OPTIMIZER = OptimizerConfig(learning_rate=1e-4, weight_decay=0.1, clip_norm=0.5)
 
 
 def test_a_training_step_is_the_same_on_a_mesh(tmp_path):
-    """One device against eight with micro-batches and rematerialisation, which look up images inside of their cell."""
+    """One device against eight with micro-batches and rematerialisation, which look up images inside of their cell.
+
+    Weights are gathered there, and never the states of images.
+    """
     batch, results = packed_cells(write_without_weights(tmp_path), 8), []
     for mesh_config, accumulation, remat in ((None, 1, "none"), (MIXED, 2, "full")):
         mesh = make_mesh(mesh_config or MeshConfig(), None if mesh_config else jax.devices()[:1])
@@ -28,6 +33,10 @@ def test_a_training_step_is_the_same_on_a_mesh(tmp_path):
         step = make_train_step(split, optimizer, schedule, Execution(remat=remat), mesh, accumulation=accumulation)
         state, placed = init_state(split, optimizer, mesh), shard_batch(batch, mesh)
         step = step.lower(state, split.frozen, placed).compile(compiler_options=QUICK)
+        # 68 states make up an image; no other size is 68.
+        gathered = re.findall(r"= \(?f32\[([\d,]*)\].*? all-gather(?:-start)?\(", step.as_text())
+        assert bool(gathered) == (mesh_config is not None)
+        assert not [shape for shape in gathered if "68" in shape.split(",")]
         _, metrics = step(state, split.frozen, placed)
         assert metrics["finite"]
         results.append([float(metrics[name]) for name in ("loss", "grad_norm", "pairs")])
