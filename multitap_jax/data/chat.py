@@ -51,7 +51,8 @@ class ChatFormat:
 
 _LLAMA_TURN = "<|start_header_id|>{role}<|end_header_id|>\n\n"
 
-# The standard system message goes with texts only; the date is the template's own where nobody gives one.
+# The standard system message goes with texts only; the date is the template's own where nobody gives one. The official
+# code gives the rendered conversation to the processor, whose tokenizer puts a first token before it: there are two.
 LLAMA32_VISION = ChatFormat(
     begin="<|begin_of_text|>",
     begin_text="<|begin_of_text|>"
@@ -61,6 +62,7 @@ LLAMA32_VISION = ChatFormat(
     close="<|eot_id|>",
     image="<|image|>",
     placeholder="<|image|>",
+    opened=True,
 )
 
 # Also that of Qwen2.5-VL, whose published template is the same.

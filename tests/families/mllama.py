@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from PIL import Image
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import MllamaProcessor, PreTrainedTokenizerFast
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
@@ -66,7 +66,7 @@ PAIRS = [
 
 @functools.lru_cache(maxsize=1)
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE with Llama 3's pattern and special tokens, trained once a test process."""
+    """Byte-level BPE with Llama 3's pattern, special tokens and first token, trained once a test process."""
     core = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(_SPLIT), "isolated")
     core.pre_tokenizer = pre_tokenizers.Sequence(
@@ -78,9 +78,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
     core.train_from_iterator([*CORPUS, "Describe this image.", "user\n\nassistant\n\n"], trainer)
     special = [f"<|{name}|>" for name in (*_SPECIAL, "python_tag", "image")]
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    first = "<|begin_of_text|>"
+    core.post_processor = processors.TemplateProcessing(
+        single=f"{first} $A", special_tokens=[(first, core.token_to_id(first))]
+    )
     found = PreTrainedTokenizerFast(
         tokenizer_object=core,
-        bos_token="<|begin_of_text|>",
+        bos_token=first,
         eos_token="<|eot_id|>",
         pad_token="<|finetune_right_pad_id|>",
         padding_side="left",
@@ -92,7 +96,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def inputs(
     tokenizer: Any, rendered: str, images: Sequence[Image.Image], *, side: int | None = None
 ) -> dict[str, np.ndarray]:
-    """What MllamaProcessor gives for a conversation that already has its first token.
+    """What MllamaProcessor gives when it is called as the official code calls it: the first token comes twice.
 
     With `side` pictures are stretched first, as the official evaluation does.
     """
@@ -101,7 +105,7 @@ def inputs(
     options = {key: value for key, value in PREPROCESSOR.items() if key != "image_processor_type"}
     processor = MllamaProcessor(MllamaImageProcessorPil(**options), tokenizer)
     pictures = [list(images)] if images else None
-    return dict(processor(images=pictures, text=[rendered], add_special_tokens=False, return_tensors="np"))
+    return dict(processor(images=pictures, text=[rendered], return_tensors="np"))
 
 
 def oracle(*, side: int | None = None, **changes: Any) -> Oracle:

@@ -114,7 +114,8 @@ def test_prompts_are_those_of_the_chat_template(folder, prompt):
         for request in (None, "Which way is safe?"):
             pair = Pair((SMALL,) * images, ' a "red" ball\n is near ', request)
             rendered = tokenizer().apply_chat_template(conversation(pair, prompt), tokenize=False)
-            expected = tokenizer()(rendered, add_special_tokens=False)["input_ids"]
+            expected = tokenizer()(rendered)["input_ids"]
+            assert tokenizer().convert_ids_to_tokens(expected[:2]) == ["<|begin_of_text|>"] * 2
             (found,) = prompter.encode([pair.text], [request], [images])
             assert [*found.prefix, *found.text] == expected
             assert tokenizer().convert_ids_to_tokens(int(found.text[-1])) == "<|eot_id|>"

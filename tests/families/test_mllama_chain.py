@@ -83,7 +83,7 @@ def test_work_is_what_the_masks_let_through(model):
     batch = packed_cells(model[1], 1)
     rewards = reward_model()
     config, tower = rewards.backbone.config, rewards.backbone.vision
-    work = count_work(batch, config.block)
+    work = count_work(batch, block=config.block)
     states = np.zeros((len(batch.patches), 4 * config.vision.tile_tokens, 64), np.float32)
     sight = see(batch, states, tower.real_tiles(batch), row_mask="hf", backend="dense")
     visible = int(np.asarray(sight.visibility.mask).sum())
@@ -108,7 +108,7 @@ def test_the_compiler_counts_the_same(model):
     # The dense backend computes all pairs of all rows, also those that a mask hides.
     rows, length = batch.tokens.shape
     images, (patches, _) = len(batch.patches), config.block
-    work = count_work(batch, config.block)._replace(
+    work = count_work(batch, block=config.block)._replace(
         tokens=rows * length,
         token_pairs=rows * length**2,
         images=images,
