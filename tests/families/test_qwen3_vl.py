@@ -7,12 +7,12 @@ import pytest
 from flax import nnx
 
 from multitap_jax.backbones import Execution, attention
-from multitap_jax.backbones.qwen3_vl import PositionTable, Qwen3VLConfig, last_positions
+from multitap_jax.backbones.qwen3_vl import PositionTable, Qwen3VL, Qwen3VLConfig, last_positions
 from multitap_jax.backbones.stack import collect_layers, keep_layers
 from multitap_jax.config import ConfigError
 from multitap_jax.data.chat import IMAGE, QWEN3_VL
 from multitap_jax.data.stream import Pair
-from multitap_jax.families import FAMILIES, from_config, num_params, read_config
+from multitap_jax.families import from_config, num_params, read_config
 from multitap_jax.flops import Work, forward_flops
 from multitap_jax.weights.hub import load_backbone
 from tests.families import qwen_checks as checks
@@ -156,7 +156,7 @@ def test_its_prompt_has_no_system_message():
 
 def test_a_folder_without_statistics_means_one_half_and_its_own_policy(model):
     family, numbers = read_config(model[2])
-    assert family.model is FAMILIES["qwen3_vl"].model
+    assert family.model is Qwen3VL
     assert numbers.vision.pixels.mean == numbers.vision.pixels.std == (0.5, 0.5, 0.5)
     contract = contract_of(model[2])
     assert contract.image_policy == "square:576"
