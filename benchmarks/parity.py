@@ -21,7 +21,9 @@ Written by `python -m benchmarks.parity`; the tests hold every family to the sam
 CPU, from pictures and texts to the judged token's final hidden state: transformers scores one pair a forward with its
 own image processor, chat template and torch model, ours packs the pairs (shared prefixes, several pictures a vision
 row). Tiny models, random weights with O(1) activations, gates open. No published weights were at hand: depth and width
-of real models are not covered by this table.
+of real models are not covered by this table. Llama-3.2-Vision is compared with its intermediate states `after` their
+layers, as this transformers has them; `before`, the default and what published weights were trained with, is held to an
+explicit NumPy reference within the same bounds (tests/families/test_mllama.py).
 
 *state*: largest absolute difference of a hidden state (states reach about 3; bound {states:g}). *gradient*: of every
 parameter, the largest difference relative to the largest entry of that parameter's gradient (bound {gradients:g}).

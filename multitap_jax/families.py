@@ -170,7 +170,8 @@ def from_config(
       ConfigError: the configuration is of the right family but cannot be used.
     """
     family = family_of(hf_config)
-    return family.model(family.config(hf_config, preprocessor), rngs=rngs, param_dtype=jnp.dtype(param_dtype))
+    config = _configuration(family, hf_config, preprocessor)
+    return family.model(config, rngs=rngs, param_dtype=jnp.dtype(param_dtype))
 
 
 def read_config(folder: str | Path) -> tuple[Family, Any]:
@@ -185,7 +186,7 @@ def read_config(folder: str | Path) -> tuple[Family, Any]:
     config = read_json(folder / "config.json")
     try:
         family = family_of(config)
-        numbers = family.config(config, _preprocessor(folder))
+        numbers = _configuration(family, config, _preprocessor(folder))
         return dataclasses.replace(family, **family.of(numbers)), numbers
     except ConfigError as error:
         raise FolderError(f"{folder / 'config.json'}: {error}") from error
@@ -209,6 +210,27 @@ def weight_table(model: Backbone) -> Table:
 def num_params(model: nnx.Module) -> int:
     """Number of scalars in all parameters; also of an abstract model."""
     return sum(leaf.size for leaf in jax.tree.leaves(model))
+
+
+def _configuration(family: Family, config: Mapping[str, Any], preprocessor: Mapping[str, Any] | None) -> Any:
+    """The configuration; what is wrong with it is said together with the family that was asked for.
+
+    Raises:
+      ConfigError: numbers written as strings (all of them are listed), or what the family says.
+    """
+    sections = {"": config, **{name: config.get(name) or {} for name in ("text_config", "vision_config")}}
+    written = [
+        f"{section}{'.' if section else ''}{name} = {value!r} must be a number"
+        for section, entries in sections.items()
+        for name, value in entries.items()
+        if isinstance(value, str) and value.strip("+-.eE_0123456789") == "" and any(c.isdigit() for c in value)
+    ]
+    if written:
+        raise ConfigError("\n".join(written))
+    try:
+        return family.config(config, preprocessor)
+    except ConfigError as error:
+        raise ConfigError(f"{error}\n(model_type = {config['model_type']!r} picked the family: is it right?)") from None
 
 
 def _preprocessor(folder: Path) -> Mapping[str, Any] | None:

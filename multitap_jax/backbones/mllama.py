@@ -82,6 +82,16 @@ class MllamaConfig:
         return check(cls(decoder, tower, cross, image), "a Llama-3.2-Vision model")
 
     @property
+    def reading(self) -> str:
+        """How this reading of the architecture differs from that of transformers since 4.56; "" where it does not."""
+        if self.vision.intermediate_states == "after" and self.cross.row_mask == "hf":
+            return ""
+        return (
+            "transformers since 4.56 takes the tower's intermediate states after their layers, this model takes them "
+            f"{self.vision.intermediate_states} (row mask: {self.cross.row_mask}): it gives other scores there"
+        )
+
+    @property
     def block(self) -> tuple[int, int]:
         """An image takes the patches of all its tiles, and is one cell."""
         return self.vision.max_num_tiles * self.vision.tile_patches, 1

@@ -94,16 +94,16 @@ class Qwen25VLConfig(QwenConfig):
         decoder = qwen2_decoder(text)
         expect(vision, "hidden_act", "silu")
         tower = WindowTowerConfig(
-            num_layers=vision.get("depth", 32),
-            size=vision.get("hidden_size", 3584),
-            num_heads=vision.get("num_heads", 16),
-            intermediate_size=vision.get("intermediate_size", 3420),
-            merge_size=vision.get("spatial_merge_size", 2),
-            frames=vision.get("temporal_patch_size", 2),
-            pixels=Pixels.from_hf(vision.get("patch_size", 14), preprocessor),
-            window_size=vision.get("window_size", 112),
-            full_layers=tuple(vision.get("fullatt_block_indexes", (7, 15, 23, 31))),
-            out_hidden_size=vision.get("out_hidden_size", 3584),
+            num_layers=optional(vision, "depth", 32),
+            size=optional(vision, "hidden_size", 3584),
+            num_heads=optional(vision, "num_heads", 16),
+            intermediate_size=optional(vision, "intermediate_size", 3420),
+            merge_size=optional(vision, "spatial_merge_size", 2),
+            frames=optional(vision, "temporal_patch_size", 2),
+            pixels=Pixels.from_hf(optional(vision, "patch_size", 14), preprocessor),
+            window_size=optional(vision, "window_size", 112),
+            full_layers=tuple(optional(vision, "fullatt_block_indexes", (7, 15, 23, 31))),
+            out_hidden_size=optional(vision, "out_hidden_size", 3584),
         )
         found = cls(decoder, tower, tied(config, text), optional(config, "image_token_id", 151655))
         return check(found, "a Qwen2.5-VL model")

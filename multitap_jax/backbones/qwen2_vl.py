@@ -45,15 +45,15 @@ class Qwen2VLConfig(QwenConfig):
         text, vision = config.get("text_config") or config, config.get("vision_config") or {}
         decoder = qwen2_decoder(text)
         expect(vision, "hidden_act", "quick_gelu")
-        size = vision.get("embed_dim", 1280)
+        size = optional(vision, "embed_dim", 1280)
         tower = VisionConfig(
-            num_layers=vision.get("depth", 32),
+            num_layers=optional(vision, "depth", 32),
             size=size,
-            num_heads=vision.get("num_heads", 16),
-            intermediate_size=int(size * vision.get("mlp_ratio", 4)),
-            merge_size=vision.get("spatial_merge_size", 2),
-            frames=vision.get("temporal_patch_size", 2),
-            pixels=Pixels.from_hf(vision.get("patch_size", 14), preprocessor),
+            num_heads=optional(vision, "num_heads", 16),
+            intermediate_size=int(size * optional(vision, "mlp_ratio", 4)),
+            merge_size=optional(vision, "spatial_merge_size", 2),
+            frames=optional(vision, "temporal_patch_size", 2),
+            pixels=Pixels.from_hf(optional(vision, "patch_size", 14), preprocessor),
         )
         found = cls(decoder, tower, tied(config, text), optional(config, "image_token_id", 151655))
         return check(found, "a Qwen2-VL model")

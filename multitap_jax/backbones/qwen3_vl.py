@@ -109,16 +109,16 @@ class Qwen3VLConfig(QwenConfig):
         sections = decoder.rope.sections or (24, 20, 20)
         rotary = dataclasses.replace(decoder.rope, sections=sections, interleaved=True)
         tower = DeepstackTowerConfig(
-            num_layers=vision.get("depth", 27),
-            size=vision.get("hidden_size", 1152),
-            num_heads=vision.get("num_heads", 16),
-            intermediate_size=vision.get("intermediate_size", 4304),
-            merge_size=vision.get("spatial_merge_size", 2),
-            frames=vision.get("temporal_patch_size", 2),
-            pixels=Pixels.from_hf(vision.get("patch_size", 16), preprocessor, mean=HALF, std=HALF),
-            num_positions=vision.get("num_position_embeddings", 2304),
-            deepstack=tuple(vision.get("deepstack_visual_indexes", (8, 16, 24))),
-            out_hidden_size=vision.get("out_hidden_size", 3584),
+            num_layers=optional(vision, "depth", 27),
+            size=optional(vision, "hidden_size", 1152),
+            num_heads=optional(vision, "num_heads", 16),
+            intermediate_size=optional(vision, "intermediate_size", 4304),
+            merge_size=optional(vision, "spatial_merge_size", 2),
+            frames=optional(vision, "temporal_patch_size", 2),
+            pixels=Pixels.from_hf(optional(vision, "patch_size", 16), preprocessor, mean=HALF, std=HALF),
+            num_positions=optional(vision, "num_position_embeddings", 2304),
+            deepstack=tuple(optional(vision, "deepstack_visual_indexes", (8, 16, 24))),
+            out_hidden_size=optional(vision, "out_hidden_size", 3584),
         )
         found = cls(
             dataclasses.replace(decoder, rope=rotary),

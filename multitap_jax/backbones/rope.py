@@ -73,8 +73,9 @@ class Rope:
                 raise ConfigError(f"rope_scaling of type 'llama3' lacks {', '.join(lost)}")
             scaling = Llama3Scaling(*(rope[name] for name in names))
         sections = rope.get("mrope_section")
+        base = rope.get("rope_theta", text.get("rope_theta"))
         return cls(
-            theta=float(rope.get("rope_theta", text.get("rope_theta", theta))),
+            theta=float(theta if base is None else base),
             sections=None if sections is None else tuple(sections),
             interleaved=bool(rope.get("mrope_interleaved", False)),
             scaling=scaling,

@@ -144,12 +144,17 @@ class ShapeBook:
         if best is not None and (crowded or self._cost(best) <= WASTE * self._cost(wanted)):
             return best
         if crowded:
-            bounded = {name: _power_of_two(getattr(wanted, name)) for name in ("rows", "vision_rows")}
-            blocks = _power_of_two(-(-wanted.patches // self._block))
-            wanted = replace(wanted, **bounded, patches=blocks * self._block)
+            wanted = replace(
+                wanted,
+                rows=_power_of_two(wanted.rows, self._cells),
+                vision_rows=_power_of_two(wanted.vision_rows, self._cells),
+                patches=_power_of_two(wanted.patches, self._block),
+            )
         self.shapes.append(wanted)
         return wanted
 
 
-def _power_of_two(value: int) -> int:
-    return 1 << (value - 1).bit_length() if value else 0
+def _power_of_two(value: int, unit: int) -> int:
+    """`unit` times the next power of two."""
+    count = -(-value // unit)
+    return unit << (count - 1).bit_length() if count else 0

@@ -16,6 +16,7 @@ import numpy as np
 from safetensors.numpy import save as tensors_to_bytes
 
 from multitap_jax.data.processing import Contract
+from multitap_jax.families import read_config
 from multitap_jax.files import file_hash, json_bytes, write_atomic
 from multitap_jax.reward import RewardHead, RewardModel
 from multitap_jax.scoring.manifest import (
@@ -33,8 +34,6 @@ from multitap_jax.scoring.saving import (
     check_same_model,
     checked_objectives,
     head_arrays,
-    hidden_size,
-    read_config_json,
     write_artefact,
 )
 from multitap_jax.stage2.head import RidgeHead
@@ -75,7 +74,7 @@ class Artefact:
     @property
     def hidden_size(self) -> int:
         """H of the backbone."""
-        return hidden_size(read_config_json(self.folder))
+        return int(read_config(self.folder)[1].text.hidden_size)
 
     @classmethod
     def open(cls, folder: str | Path) -> "Artefact":
@@ -221,7 +220,7 @@ class Artefact:
         """reward_head.weight float32[1, H], .bias [1]; if fitted, ridge.coef float32[T, H], .intercept, .alpha [T]."""
         path = self.heads_file()
         arrays = {name: tensor.read() for name, tensor in read_header(path).items()}
-        hidden = hidden_size(read_config_json(self.folder))
+        hidden = self.hidden_size
         targets = len(self.manifest.objectives)
         expected = {"reward_head.weight": (1, hidden), "reward_head.bias": (1,)}
         if self.manifest.ridge is not None:

@@ -118,11 +118,6 @@ def write_artefact(
     return manifest
 
 
-def hidden_size(config: Mapping[str, Any]) -> int:
-    """H of a Hugging Face config, whose text part may stand in a section of its own."""
-    return int({**config, **config.get("text_config", {})}["hidden_size"])
-
-
 def companion_files(folder: Path) -> list[Path]:
     """Tokenizer, processor and generation files of a model folder, sorted by name."""
     return sorted({path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()})

@@ -64,3 +64,18 @@ def test_pixel_statistics_are_checked(statistics):
 def test_another_family_is_refused_with_the_known_ones(config):
     with pytest.raises(UnsupportedModelError, match=r"is not supported; supported: .*qwen2_vl"):
         from_config(config, rngs=nnx.Rngs(0))
+
+
+def test_numbers_written_as_text_are_all_named():
+    with pytest.raises(
+        ConfigError, match=r"hidden_size = '64' must be a number\nvision_config.depth = '2' must be a number"
+    ):
+        from_config(tiny_config(hidden_size="64", vision_depth="2"), rngs=nnx.Rngs(0))
+
+
+def test_null_means_absent_and_a_misfit_names_the_family_that_was_asked_for():
+    config = tiny_config(rope_theta=None, vision_patch_size=None)
+    found = Qwen2VLConfig.from_hf(config)
+    assert (found.text.rope.theta, found.vision.pixels.patch_size) == (1e6, 14)
+    with pytest.raises(ConfigError, match=r"not implemented(.|\n)*model_type = 'qwen2_vl' picked the family"):
+        from_config(tiny_config(hidden_act="gelu"), rngs=nnx.Rngs(0))

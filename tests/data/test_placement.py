@@ -107,3 +107,10 @@ def test_a_row_length_in_use_is_kept_unless_another_saves_a_tenth():
     found = {known: choose_row_length(groups, hidden=512, limit=4096, known=[known]) for known in (160, 256, 512)}
     assert choose_row_length(groups, hidden=512, limit=4096) == 128
     assert found == {160: 128, 256: 256, 512: 128}
+
+
+def test_crowded_shapes_still_divide_among_cells_and_blocks(monkeypatch):
+    monkeypatch.setattr("multitap_jax.data.shapes.LIMIT", 0)
+    for cells in (1, 3, 6):
+        shape = ShapeBook(hidden=64, cells=cells, block=36).fit(rows=5, tokens=64, vision_rows=3, patches=72)
+        assert (shape.rows, shape.vision_rows, shape.patches) == (8 * cells, 4 * cells, 72)

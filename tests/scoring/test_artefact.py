@@ -343,3 +343,11 @@ def test_weights_saved_in_another_type(base, tmp_path):
     _, model, _ = Artefact.load(artefact.folder)
     expected = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), tiny_backbone())
     assert_same(model.backbone, expected)
+
+
+def test_a_size_that_the_configuration_leaves_out_is_the_familys(base, tmp_path):
+    """llava-1.5-7b's file does not say 4096."""
+    artefact = save_artefact(tmp_path / "artefact", base)
+    text = {"model_type": "llama", "vocab_size": 32064}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": text}))
+    assert dataclasses.replace(artefact, folder=tmp_path).hidden_size == 4096

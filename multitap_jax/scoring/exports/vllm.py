@@ -59,7 +59,8 @@ def export_vllm(
         (new / CONFIG).write_bytes(json_bytes(config))
         (new / ABOUT).write_bytes(json_bytes(_about(artefact, heads["reward_head.bias"])))
         write_folder(new, headers, tensors(), max_shard_bytes)
-    position_modes = read_config(artefact.folder)[0].position_modes
+    family, config_numbers = read_config(artefact.folder)
+    position_modes = family.position_modes
     if contract.position_mode != position_modes[0]:
         warnings.warn(
             f"these weights were trained with {contract.position_mode} positions, and vLLM uses the architecture's own "
@@ -67,6 +68,8 @@ def export_vllm(
             ContractWarning,
             stacklevel=2,
         )
+    if reading := getattr(config_numbers, "reading", ""):
+        warnings.warn(reading, ContractWarning, stacklevel=2)
     return Path(out)
 
 
