@@ -15,7 +15,10 @@ is simply written again.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,8 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(jnp.bfloat16)}
 _STORED = {"F32": np.dtype(np.float32), "BF16": np.dtype(jnp.bfloat16)}
+
+Shard = tuple[np.ndarray, np.ndarray, list[str]]
 
 
 class StoreError(ValueError):
@@ -245,12 +250,16 @@ class EmbeddingStore:
       folder: what `EmbeddingWriter` wrote.
       verify: check each shard against its SHA-256 the first time it is read.
       allow_partial: accept a store that is still being written.
+      model_hash: of the model whose embeddings are expected; None: any.
 
     Raises:
-      StoreError: if there is no store, or it is unfinished. Reading raises it for a missing or damaged shard.
+      StoreError: if there is no store, it is unfinished, or another model's. Reading raises it for a missing or damaged
+        shard.
     """
 
-    def __init__(self, folder: str | Path, *, verify: bool = True, allow_partial: bool = False) -> None:
+    def __init__(
+        self, folder: str | Path, *, verify: bool = True, allow_partial: bool = False, model_hash: str | None = None
+    ) -> None:
         self.folder = Path(folder)
         self._manifest = _read_manifest(self.folder)
         self._unverified = set(range(len(self._manifest["shards"]))) if verify else set()
@@ -262,6 +271,11 @@ class EmbeddingStore:
         self.objectives: tuple[str, ...] = tuple(self._manifest["objectives"])
         self.hidden_size: int = self._manifest["hidden_size"]
         self.model_hash: str = self._manifest["model_hash"]
+        if model_hash is not None and model_hash != self.model_hash:
+            raise StoreError(
+                f"{self.folder}: made by the model {self.model_hash[:12]}, but embeddings of {model_hash[:12]} are "
+                "expected; embeddings of two models do not mix: embed again with this one"
+            )
         self.fingerprint: str = self._manifest["fingerprint"]
 
     @property
@@ -279,10 +293,20 @@ class EmbeddingStore:
                 ids += json.loads(file.metadata()["ids"])
         return ids
 
-    def batches(self, rows: int = 2048) -> Iterator[tuple[np.ndarray, np.ndarray, list[str]]]:
-        """Yields (X float32[n, H], Y float32[n, T] with NaN for missing, n groups), n <= rows, in order."""
-        for index in range(len(self._manifest["shards"])):
-            x, y, groups = self._shard(index)
+    def batches(
+        self, rows: int = 2048, *, read_ahead: int | None = None, share: tuple[int, int] = (0, 1)
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, list[str]]]:
+        """Yields (X float32[n, H], Y float32[n, T] with NaN for missing, n groups), n <= rows, in order.
+
+        Args:
+          rows: largest n.
+          read_ahead: shards that a thread reads while earlier ones are used; None: 2, or 0 on a machine of one or two
+            cores, where the thread only takes time from the sums.
+          share: (p, P): only every P-th shard, from p on.
+        """
+        indices = range(share[0], len(self._manifest["shards"]), share[1])
+        ahead = (2 if (os.cpu_count() or 1) > 2 else 0) if read_ahead is None else read_ahead
+        for x, y, groups in _ahead(self._shard, indices, ahead):
             for start in range(0, len(x), rows):
                 stop = start + rows
                 yield x[start:stop].astype(np.float32), y[start:stop], groups[start:stop]
@@ -329,6 +353,24 @@ class EmbeddingStore:
             )
         # A row without a group is its own group: its id, which no other row shares.
         return x, y, [group or f"id:{record}" for group, record in zip(groups, ids, strict=True)]
+
+
+def _ahead(read: Callable[[int], Shard], indices: Sequence[int], ahead: int) -> Iterator[Shard]:
+    """read(i) for every index, in order, with up to `ahead` of them read in advance by a thread."""
+    if not ahead:
+        yield from map(read, indices)
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="embeddings") as pool:
+        waiting = deque(pool.submit(read, index) for index in indices[:ahead])
+        try:
+            for index in [*indices[ahead:], *[None] * ahead][: len(indices)]:
+                part = waiting.popleft()
+                if index is not None:
+                    waiting.append(pool.submit(read, index))
+                yield part.result()
+        finally:
+            for part in waiting:
+                part.cancel()
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:
