@@ -78,6 +78,7 @@ class Accumulator:
         self.precision = Precision()
         self.group_sizes: dict[int, int] = {}
         self._count_groups = count_groups
+        self.shared = False  # whether other processes hold other rows of the same fit (persist.gather)
 
     # ---- what is known ----
 

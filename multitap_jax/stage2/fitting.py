@@ -98,7 +98,7 @@ def fit_heads(data: Accumulator, settings: Settings, names: Sequence[str], repla
     held_out = None
     if settings.cv_predictions and needs_vectors and replay is not None:
         held_out = heldout.predict(every, data, settings, alpha, flat, replay)
-        results["tau"] = held_out.tau(constant)
+        results["tau"] = held_out.tau(constant, data.shared)
     observed = np.zeros(len(alpha), np.int64)
     for system in every:
         observed[system.targets] = system.num_rows
@@ -230,6 +230,7 @@ def _solve(
             energy,
             settings.targets,
             settings.source_weights,
+            data.shared,
         )
         coef = settled.coef
         for i in np.flatnonzero(settled.error > 100 * TOLERANCE).tolist():

@@ -12,7 +12,7 @@ from multitap_jax.stage2.kfold import FoldScore
 from multitap_jax.stage2.leave_out import Pass
 from multitap_jax.stage2.refine import weights_of
 from multitap_jax.stage2.rows import DataError, Rows, concatenate
-from multitap_jax.stage2.sharded import sum_over_processes
+from multitap_jax.stage2.sharded import from_each_process, sum_over_processes
 from multitap_jax.stage2.spectrum import Dual, Eigen
 from multitap_jax.stage2.systems import System
 
@@ -30,12 +30,19 @@ class HeldOut(NamedTuple):
     labels: np.ndarray
     groups: np.ndarray
 
-    def tau(self, constant: np.ndarray) -> np.ndarray:
-        """Kendall's tau-b float64[T]; NaN for constant labels."""
-        tau = np.full(self.labels.shape[1], np.nan)
+    def tau(self, constant: np.ndarray, shared: bool) -> np.ndarray:
+        """Kendall's tau-b float64[T] over the rows of all processes; NaN for constant labels."""
+        predicted, labels = self.predicted, self.labels
+        if shared:
+            predicted, labels = (
+                np.concatenate([np.frombuffer(part, np.float32) for part in from_each_process(own.tobytes())])
+                for own in (predicted, labels)
+            )
+            predicted, labels = predicted.reshape(-1, len(constant)), labels.reshape(-1, len(constant))
+        tau = np.full(len(constant), np.nan)
         for target in np.flatnonzero(~constant):
-            seen = ~np.isnan(self.labels[:, target])
-            pair = self.predicted[seen, target], self.labels[seen, target]
+            seen = ~np.isnan(labels[:, target])
+            pair = predicted[seen, target], labels[seen, target]
             tau[target] = scipy.stats.kendalltau(*pair, method="asymptotic").statistic
         return tau
 
@@ -106,6 +113,8 @@ def single_errors(
     Raises:
       DataError: the rows are gone, or there is one group.
     """
+    if settings.criterion == "logo" and data.shared:
+        raise DataError("cv='logo' needs all rows of a group in one process; use folds, or one process")
     by_group, total = settings.criterion == "logo", np.zeros((len(alphas), len(system.targets)))
     if system.rows is not None:
         if by_group and len(np.unique(system.rows.group)) < 2:
@@ -122,7 +131,7 @@ def single_errors(
     passes, columns = Pass(basis, PASS_ROWS), settings.targets[system.targets]
     weighted = (rows._replace(weight=weights_of(rows, settings.source_weights)) for rows in replay())
     if not by_group:
-        return sum_over_processes(leave_out.single_scores(passes, weighted, columns, alphas))
+        return sum_over_processes(leave_out.single_scores(passes, weighted, columns, alphas), data.shared)
     for groups in leave_out.whole_groups(weighted, data.group_sizes):
         rows = concatenate(groups)
         z = np.concatenate([np.asarray(z, np.float64)[: len(part.x)] for z, part in passes.chunks(rows)])
@@ -135,7 +144,7 @@ def single_errors(
             if weight.any():
                 residual = leave_out.left_out(z[own], y, weight, basis, alphas)
                 total += np.einsum("cmt,m->ct", residual**2, weight)
-    return sum_over_processes(total)
+    return sum_over_processes(total, data.shared)
 
 
 def predict(

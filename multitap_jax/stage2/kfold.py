@@ -154,7 +154,7 @@ def _iterate(
 def fold_head(
     total: Statistics, held_out: Statistics, spectrum: Eigen, alpha: np.ndarray, fit_intercept: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    # sum over the fold of (y - label_mean - (x - mean) w)^2, from its sums about the total mean
+    """(coef float64[T, H], intercept float64[T]) of the heads without one fold, at alpha [T]; conjugate gradients."""
     size = len(total.shift)
     train = centred(subtract(total, held_out) if held_out.num_rows else total, fit_intercept)
     gram, right = train.gram[:size, :size], train.gram[:size, size + 1 :].T

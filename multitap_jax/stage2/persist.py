@@ -101,4 +101,5 @@ def gather(data: Accumulator) -> Accumulator:
     total = parts[0]
     for part in parts[1:]:
         total = part if total.is_empty else total.merge(part)
+    total.shared = True
     return total

@@ -31,6 +31,7 @@ def refine(
     label_energy: np.ndarray,
     targets: np.ndarray,
     source_weights: Mapping[str, float],
+    shared: bool = False,
 ) -> Refined:
     """Conjugate gradients on the normal equations of the rows themselves, in float64.
 
@@ -49,6 +50,7 @@ def refine(
       label_energy: float64[T], sum w (y - label_mean)^2; 0 leaves an objective as it is.
       targets: int[T], columns of the labels.
       source_weights: by which a source's sample weights are multiplied.
+      shared: whether other processes hold other rows of the same fit.
     """
     active, offset_of = label_energy > 0, lambda direction: np.sum(mean * direction, axis=1)[None, :]
 
@@ -59,7 +61,7 @@ def refine(
             x, y = rows.x.astype(np.float64), rows.y[:, targets]
             value = value_of(y, x) * weights_of(rows, source_weights)[:, None] * ~np.isnan(y)
             out += (value.T @ x) / scale - value.sum(0)[:, None] * mean
-        return np.where(active[:, None], sum_over_processes(out), 0.0)
+        return np.where(active[:, None], sum_over_processes(out, shared), 0.0)
 
     start = coef
     residual = (

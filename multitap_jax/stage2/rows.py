@@ -149,6 +149,8 @@ def _check_numbers(x: np.ndarray, y: np.ndarray, weight: np.ndarray, first: int)
     with np.errstate(all="ignore"):
         unsound = ~np.isfinite(x @ np.full(x.shape[1], 1e-20, x.dtype))
     limit = np.finfo(np.float32).max
+    if x.dtype == np.float64:
+        unsound |= ~((x.max(1) <= limit) & (x.min(1) >= -limit))
     for name, bad, remedy in (
         ("X", np.zeros((0, 1), bool) if not unsound.any() else ~(np.abs(x) <= limit), "embeddings must be finite"),
         ("Y", ~(np.isnan(y) | (np.abs(y) <= limit)), "use NaN for a missing label"),

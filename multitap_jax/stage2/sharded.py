@@ -111,9 +111,9 @@ def _update_shard(moments: mm.Moments, x: Any, y: Any, weight: Any, *, split: st
     return moments._replace(hi=hi[None], lo=lo[None], num_rows=count)
 
 
-def sum_over_processes(value: np.ndarray) -> np.ndarray:
-    """The float64 sum of an array over all processes, the same bits on each. Collective."""
-    if jax.process_count() == 1:
+def sum_over_processes(value: np.ndarray, shared: bool) -> np.ndarray:
+    """The float64 sum of an array over all processes, the same bits on each. Collective where `shared`."""
+    if not shared:
         return value
     parts = multihost_utils.process_allgather(np.ascontiguousarray(value, np.float64).view(np.uint32))
     return np.asarray(parts).view(np.float64).sum(0).reshape(value.shape)
@@ -121,8 +121,6 @@ def sum_over_processes(value: np.ndarray) -> np.ndarray:
 
 def from_each_process(content: bytes) -> list[bytes]:
     """What each process gives, on every process, in the order of the processes. Collective; one at a time travels."""
-    if jax.process_count() == 1:
-        return [content]
     sizes = np.asarray(multihost_utils.process_allgather(np.array([len(content)], np.int32))).reshape(-1)
     parts = []
     for process, size in enumerate(sizes.tolist()):
