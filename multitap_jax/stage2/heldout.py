@@ -121,7 +121,10 @@ def single_errors(
             raise DataError(f"objective {name}: all rated rows are of one group; leave-one-group-out needs two groups")
         z, basis = _row_basis(system, settings.fit_intercept)
         rows = system.rows
-        for index in _blocks(rows, rows.group) if by_group else np.arange(len(z))[:, None]:
+        if not by_group:
+            residuals = (leave_out.single_residuals(z, rows.y, rows.weight, basis, alpha) for alpha in alphas)
+            return np.stack([rows.weight @ residual**2 for residual in residuals])
+        for index in _blocks(rows, rows.group):
             residual = leave_out.left_out(z[index], rows.y[index], rows.weight[index], basis, alphas)
             total += np.einsum("cmt,m->ct", residual**2, rows.weight[index])
         return total

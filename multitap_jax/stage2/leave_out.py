@@ -138,9 +138,11 @@ def whole_groups(batches: Iterable[Rows], sizes: dict[int, int]) -> Iterator[lis
             yield done
 
 
-def single_residuals(z: np.ndarray, y: np.ndarray, weight: np.ndarray, basis: Basis, alpha: np.ndarray) -> np.ndarray:
-    """`left_out` with every row a group of its own, all rows at once: float64[n, T] at alpha [T]."""
-    inverse = 1.0 / (basis.values[None, :] + alpha[:, None])
+def single_residuals(
+    z: np.ndarray, y: np.ndarray, weight: np.ndarray, basis: Basis, alpha: np.ndarray | float
+) -> np.ndarray:
+    """`left_out` with every row a group of its own, all rows at once: float64[n, T] at alpha [T], or one for all."""
+    inverse = 1.0 / (basis.values[None, :] + np.atleast_1d(alpha)[:, None])
     error = np.where(np.isnan(y), 0.0, y) - basis.label_mean[None, :] - z @ (basis.projected * inverse.T)
     leverage = (z**2 @ inverse.T + 1.0 / basis.weight) * (weight[:, None] * ~np.isnan(y))
     return error / (1.0 - leverage)

@@ -71,7 +71,7 @@ class EmbeddingWriter:
     exactly as a kill would.
 
     Args:
-      folder: a path, or a URL that fsspec knows; made if absent; must hold no store yet (`open_or_resume` continues one).
+      folder: a path, or a URL that fsspec knows; made if absent; must hold no store yet (`open_or_resume` goes on).
       hidden_size: H.
       objectives: names of the T label columns; may be empty.
       model_hash: identity of the weights and preprocessing that make the embeddings.
