@@ -125,7 +125,10 @@ def fitted(method: str, x: np.ndarray, y: np.ndarray) -> tuple[Callable[[np.ndar
     from himalaya import backend, kernel_ridge, ridge
 
     backend.set_backend("torch")
-    center, label_center = x.mean(0, dtype=float).astype(np.float32), y.mean(0)  # himalaya's kernel form has no intercept
+    center, label_center = (
+        x.mean(0, dtype=float).astype(np.float32),
+        y.mean(0),
+    )  # himalaya's kernel form has no intercept
     if "Kernel" in method:
         model = kernel_ridge.KernelRidgeCV(ALPHAS, cv=5)
     else:
