@@ -13,7 +13,9 @@ from multitap_jax.stage2.rows import DataError, Rows
 from multitap_jax.stage2.systems import System
 from multitap_jax.stage2.uncertainty import Posterior
 
-REFINE_ABOVE = 2e-6  # expected error of the predictions, in deviations of the labels
+REFINE_ABOVE = (
+    1e-5  # expected error of the predictions, in deviations of the labels; the true one is several times less
+)
 NOTE_ABOVE = 1e-4
 Replay = Callable[[], Iterable[Rows]]
 

@@ -43,7 +43,7 @@ class RidgeHead(Estimator):
       selection: "cv", or "train-mse": the alpha with the smallest error on the training rows themselves. That is always
         the smallest one; it is here to reproduce the official code.
       solver: "host" (LAPACK, float64) or "device" (float32 Cholesky, corrected by float64 residuals) for the last step.
-      refine: "auto": passes over the rows where float32 sums may have moved a prediction by more than 2e-6 deviations
+      refine: "auto": passes over the rows where float32 sums may have moved a prediction by more than 1e-5 deviations
         (certificate.py); True: always; False: never.
       store_cv_predictions: keep held-out predictions and labels of all rows (2 N T numbers).
       seed: of the fold hash.
