@@ -1,16 +1,20 @@
 """Stage 2: many objectives from frozen embeddings, each by its own closed-form ridge regression.
 
 store.py        EmbeddingWriter, EmbeddingStore: embeddings on disk, checksummed and resumable
-accumulator.py  rows -> folds and buckets;  missing labels;  few rows kept whole
-moments.py      Moments: the mergeable sums on the device;  Statistics: the same on the host
-solve.py        every alpha, objective and fold from the statistics
-refine.py       full precision by a pass over the rows
-fitting.py      choose alpha, solve, refine, measure
-head.py         RidgeHead, what users see;  plots.py draws it
+rows.py         checked rows, their groups and folds
+moments.py      Moments: mergeable sums on a device;  sharded.py: on a mesh, and over processes
+statistics.py   the same sums on the host, in float64
+accumulator.py  a stream of rows -> buckets;  persist.py saves, loads and merges them
+spectrum.py     three factorisations;  systems.py: which objectives share one
+solve.py        scores and the choice of alpha;  kfold.py, leave_out.py, heldout.py: rows not seen
+certificate.py  what float32 may have cost;  refine.py: passes that take it out again
+fitting.py      all of it in order
+head.py         RidgeHead, what users see;  uncertainty.py, plots.py
 """
 
-from multitap_jax.stage2.accumulator import DataError
+from multitap_jax.stage2.accumulator import Accumulator
 from multitap_jax.stage2.head import RidgeHead
+from multitap_jax.stage2.rows import DataError
 from multitap_jax.stage2.store import EmbeddingStore, EmbeddingWriter, StoreError
 
-__all__ = ["DataError", "EmbeddingStore", "EmbeddingWriter", "RidgeHead", "StoreError"]
+__all__ = ["Accumulator", "DataError", "EmbeddingStore", "EmbeddingWriter", "RidgeHead", "StoreError"]

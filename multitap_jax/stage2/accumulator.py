@@ -1,296 +1,313 @@
-"""From a stream of rows to `Statistics` a fold and a set of objectives: the host side of the moments.
+"""From a stream of rows to sums: what a fit needs to know, in memory that does not grow with the rows.
 
-Rows are checked, given a fold by the hash of their group, and sent in fixed chunks to the bucket of their fold and of
-the objectives they are rated on. Missing labels are thereby exact: an objective uses the buckets that observe it.
+Rows go in fixed chunks to the bucket of their source, of the objectives they are rated on, and of their fold. Missing
+labels are thereby exact: an objective uses the buckets that observe it.
 
-While the rows are few they are simply kept, and if the stream ends there, they are solved in float64 without a device.
-Fewer rows than features is the classical case for the dual; here the rows are rotated into the min(N, H) directions
-they span, which is the same regression (its solution lies in that span) at the same cost, so one solver does both.
+While the rows are few (not more than features, or a thousand) they are simply kept, and if the stream ends there they
+are solved exactly in float64 without a device, in the dual form where they are fewer than the features (dual.py).
 """
 
 import functools
-import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
-import scipy.linalg
 
 from multitap_jax.stage2 import moments as mm
-from multitap_jax.stage2.moments import Statistics
-from multitap_jax.stage2.refine import Rows
+from multitap_jax.stage2 import statistics as st
+from multitap_jax.stage2.certificate import Precision
+from multitap_jax.stage2.rows import DataError, Rows, concatenate
+from multitap_jax.stage2.sharded import OneDevice, OnMesh
+from multitap_jax.stage2.statistics import Statistics
 
-CHUNK_ROWS = 1024
+CHUNK_ROWS = 2048
 SHIFT_ROWS = 1024
 Subset = tuple[bool, ...]
 
 
-class DataError(ValueError):
-    """Rows that cannot be fitted; the message names the row, the objective and the remedy."""
+class Key(NamedTuple):
+    """A bucket: rows of one source, rated on `subset` of the objectives (or counted for it), in one fold."""
+
+    source: str
+    subset: Subset
+    fold: int
 
 
-class RawBatch(NamedTuple):
-    """What a caller gives: X [n, H], Y [n, T] or [n], n groups or None (each row alone), weights [n] or None."""
+class Labels(NamedTuple):
+    """What is known of the labels: rows read, and float64 or int [T] rows rated, lowest and highest label."""
 
-    x: np.ndarray
-    y: np.ndarray
-    groups: Sequence[str] | None
-    weight: np.ndarray | None = None
-
-
-class TargetGroup(NamedTuple):
-    """Objectives observed in the same rows: `targets` int[t], and their `Statistics`, one a fold."""
-
-    targets: np.ndarray
-    folds: list[Statistics]
-
-
-class Collected(NamedTuple):
-    """Everything a fit needs.
-
-    Attributes:
-      groups: the objectives, grouped by the rows they are observed in.
-      num_rows: rows read.
-      observed: int[T], rows rated on each objective.
-      constant: bool[T], objectives with a single value.
-      shift: float64[H], origin of the rotated features; None if nothing was rotated.
-      basis: float64[H, min(N, H)], orthonormal; None if nothing was rotated.
-    """
-
-    groups: list[TargetGroup]
     num_rows: int
     observed: np.ndarray
-    constant: np.ndarray
-    shift: np.ndarray | None
-    basis: np.ndarray | None
+    low: np.ndarray
+    high: np.ndarray
+
+
+class Accumulator:
+    """Collects rows: `add` them; `merge` others; then `fitting.fit_heads` solves.
+
+    Args:
+      folds: cross-validation folds, 1 for none.
+      seed: of the fold hash; kept so that merged parts agree.
+      keep_rows: rows that are kept and solved exactly; None: the number of features, at least `SHIFT_ROWS`.
+      chunk_rows: rows a device and update.
+      mesh: devices to sum on; None: the default device.
+      count_groups: whether leave-one-group-out will need the size of every group (16 bytes or so a group).
+    """
+
+    def __init__(
+        self,
+        folds: int,
+        seed: int = 0,
+        *,
+        keep_rows: int | None = None,
+        chunk_rows: int = CHUNK_ROWS,
+        mesh: jax.sharding.Mesh | None = None,
+        count_groups: bool = False,
+    ) -> None:
+        self.folds, self.seed = folds, seed
+        self._keep_rows = keep_rows
+        self._device = OneDevice() if mesh is None else OnMesh(mesh)
+        self._chunk_rows = chunk_rows * self._device.row_shards
+        self._kept: list[Rows] = []
+        self._shifts: tuple[np.ndarray, np.ndarray] | None = None  # set when rows are no longer kept
+        self._sums: dict[Key, mm.Moments] = {}
+        self._merged: dict[Key, Statistics] = {}
+        self._pending: dict[Key, list[Rows]] = {}
+        self._labels: Labels | None = None
+        self.precision = Precision()
+        self.group_sizes: dict[int, int] = {}
+        self._count_groups = count_groups
+        self.shared = False  # whether other processes hold other rows of the same fit (persist.gather)
+
+    # ---- what is known ----
+
+    @property
+    def labels(self) -> Labels:
+        """Counts and ranges of the labels.
+
+        Raises:
+          DataError: if there was no row.
+        """
+        if self._labels is None or not self._labels.num_rows:
+            raise DataError("no rows to fit: 0 sample(s) were given, while a minimum of 1 is required")
+        return self._labels
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no row was added."""
+        return self._labels is None
 
     @property
     def num_features(self) -> int:
         """H."""
-        return len(self.groups[0].folds[0].shift) if self.basis is None else len(self.basis)
+        return self._kept[0].x.shape[1] if self._shifts is None else len(self._shifts[0])
 
-    def lift(self, coef: np.ndarray) -> np.ndarray:
-        """Coefficients [..., min(N, H)] of the rotated features as those of the embeddings [..., H]."""
-        return coef if self.basis is None else coef @ self.basis.T
+    @property
+    def kept(self) -> Rows | None:
+        """All rows, where they are still kept."""
+        return concatenate(self._kept) if self._shifts is None else None
 
-    def lift_intercept(self, coef: np.ndarray, intercept: np.ndarray) -> np.ndarray:
-        """The intercept [...] that goes with `lift(coef)`; `coef` are those of the rotated features."""
-        return intercept if self.shift is None else intercept - self.lift(coef) @ self.shift
-
-    def lift_point(self, point: np.ndarray) -> np.ndarray:
-        """A point float64[min(N, H)] of the rotated features as an embedding float64[H]."""
-        return point if self.basis is None or self.shift is None else self.shift + self.basis @ point
-
-
-def fold_of(group: str, folds: int, seed: int) -> int:
-    """The fold of a group, by hash: the same on every machine, in every order, for any part of the data."""
-    digest = hashlib.blake2b(f"{seed}:{group}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") % folds
-
-
-def checked_rows(batches: Iterable[RawBatch], folds: int, seed: int) -> Iterator[Rows]:
-    """The batches with folds and weights filled in.
-
-    Raises:
-      DataError: for shapes that do not fit, NaN or infinity in X, infinity in Y, or a bad weight.
-    """
-    first, shape = 0, None
-    for x, y, groups, weight in map(_as_raw, batches):
-        x, y = np.asarray(x), np.asarray(y)
-        x = x if x.dtype == np.float64 else x.astype(np.float32)
-        y = (y[:, None] if y.ndim == 1 else y).astype(np.float64)
-        n = len(x)
-        weight = np.ones(n) if weight is None else np.asarray(weight, np.float64)
-        names = [f"row:{first + i}" for i in range(n)] if groups is None else groups
-        if x.ndim != 2 or y.ndim != 2 or not n == len(y) == len(names) or weight.shape != (n,):
-            raise DataError(f"X {x.shape}, Y {y.shape}, {len(names)} groups, weights {weight.shape}: rows must agree")
-        shape = shape or (x.shape[1], y.shape[1])
-        if (x.shape[1], y.shape[1]) != shape:
-            raise DataError(f"rows {first} on have {x.shape[1]} features, {y.shape[1]} objectives; before: {shape}")
-        for name, bad, remedy in (
-            ("X", ~np.isfinite(x), "embeddings must be finite: remove the row or embed it again"),
-            ("Y", np.isinf(y), "use NaN for a missing label"),
-            ("sample_weight", ~(np.isfinite(weight) & (weight >= 0))[:, None], "weights must be finite and >= 0"),
-        ):
-            if bad.any():
-                row, column = np.argwhere(bad)[0]
-                raise DataError(f"{name}[{first + row}, {column}] is NaN, infinite or negative; {remedy}")
-        yield Rows(x, y, weight, np.array([fold_of(str(name), folds, seed) for name in names], np.int64))
-        first += n
-
-
-def _as_raw(batch: Sequence) -> RawBatch:
-    return batch if isinstance(batch, RawBatch) else RawBatch(*batch)
-
-
-class Accumulator:
-    """Collects rows; `add` them, then `finish`. Memory is independent of the number of rows.
-
-    Args:
-      folds: cross-validation folds, 1 for none.
-      fit_intercept: whether the features may be shifted when rotated.
-      keep_rows: rows that are kept and solved exactly; None: the number of features, at least `SHIFT_ROWS`.
-      chunk_rows: rows a device update.
-    """
-
-    def __init__(
-        self, folds: int, fit_intercept: bool = True, keep_rows: int | None = None, chunk_rows: int = CHUNK_ROWS
+    def restore(
+        self,
+        labels: Labels,
+        group_sizes: dict[int, int],
+        *,
+        rows: Rows | None = None,
+        stats: dict[Key, Statistics] | None = None,
+        precision: Precision | None = None,
     ) -> None:
-        self._folds, self._fit_intercept, self._keep_rows, self._chunk_rows = (
-            folds,
-            fit_intercept,
-            keep_rows,
-            chunk_rows,
-        )
-        self._kept: list[Rows] = []
-        self._keeping = True
-        # The objectives a row counts for -> its sums, one bucket a fold; and what waits to fill a chunk.
-        self._sums: dict[Subset, mm.Moments] = {}
-        self._pending: dict[tuple[Subset, int], list[Rows]] = {}
-        self._num_rows = 0
+        """Sets the state of an empty accumulator to what another had: its rows, or its sums."""
+        self._labels, self.group_sizes = labels, group_sizes
+        if rows is not None:
+            self._kept = [rows]
+        else:
+            assert stats is not None
+            self._merged, self._shifts = stats, _origin(next(iter(stats.values())))
+            self.precision = precision or Precision()
+
+    # ---- rows in ----
 
     def add(self, rows: Rows) -> None:
-        """Takes a batch of checked rows."""
-        if self._num_rows == 0:
-            self._observed = np.zeros(rows.y.shape[1], np.int64)
-            self._low, self._high = np.full(rows.y.shape[1], np.inf), np.full(rows.y.shape[1], -np.inf)
-        self._num_rows += len(rows.x)
+        """Takes a batch of checked rows.
+
+        Raises:
+          DataError: rows of another width than before (`partial_fit` may be called with anything).
+        """
+        width = rows.x.shape[1], rows.y.shape[1]
+        if self._labels is not None and width != (self.num_features, len(self._labels.observed)):
+            before = (self.num_features, len(self._labels.observed))
+            raise DataError(f"rows have {width[0]} features and {width[1]} objectives; the rows before had {before}")
         says_something = (rows.weight > 0) & ~np.isnan(rows.y).all(1)
-        rows = Rows(*(part[says_something] for part in rows))
-        self._observed += (~np.isnan(rows.y)).sum(0)
-        self._low = np.fmin(self._low, np.fmin.reduce(rows.y, axis=0, initial=np.inf))
-        self._high = np.fmax(self._high, np.fmax.reduce(rows.y, axis=0, initial=-np.inf))
-        if not self._keeping:
+        total = len(rows.x)
+        if self._count_groups:
+            for group, count in zip(*np.unique(rows.group, return_counts=True), strict=True):
+                self.group_sizes[int(group)] = self.group_sizes.get(int(group), 0) + int(count)
+        if not says_something.all():
+            rows = rows.take(says_something)
+        self._labels = _joined_labels(self._labels, _labels_of(rows, total))
+        if self._shifts is not None:
             self._route(rows)
             return
         self._kept.append(rows)
-        limit = max(rows.x.shape[1], SHIFT_ROWS) if self._keep_rows is None else self._keep_rows
+        self._spill_if_many()
+
+    def _spill_if_many(self) -> None:
+        limit = max(self.num_features, SHIFT_ROWS) if self._keep_rows is None else self._keep_rows
         if sum(len(part.x) for part in self._kept) > limit:
             self._spill()
 
-    def finish(self, objective_names: Sequence[str] | None = None) -> Collected:
-        """What the rows amount to.
-
-        Raises:
-          DataError: if there was no row, or an objective without a label.
-        """
-        if not self._num_rows:
-            raise DataError("no rows to fit")
-        for index in np.flatnonzero(self._observed == 0).tolist():
-            name = objective_names[index] if objective_names else f"number {index}"
-            raise DataError(f"objective {name}: all {self._num_rows} labels are missing; leave it out or add labels")
-        shift = basis = None
-        if self._keeping:
-            groups, shift, basis = self._rotated()
-        else:
-            groups = self._summed()
-        constant = self._low >= self._high
-        return Collected(groups, self._num_rows, self._observed, constant, shift, basis)
-
-    # ---- few rows: kept, rotated, float64 ----
-
-    def _rotated(self) -> tuple[list[TargetGroup], np.ndarray, np.ndarray]:
-        rows = _concatenate(self._kept)
-        x = rows.x.astype(np.float64)
-        shift = x.mean(0) if self._fit_intercept and len(x) else np.zeros(x.shape[1])
-        basis, triangle = scipy.linalg.qr((x - shift[None, :]).T, mode="economic")
-        groups = []
-        for targets in _equal_columns(~np.isnan(rows.y)):
-            seen = ~np.isnan(rows.y[:, targets[0]])
-            folds = []
-            for fold in range(self._folds):
-                chosen = seen & (rows.fold == fold)
-                folds.append(mm.from_rows(triangle.T[chosen], rows.y[chosen][:, targets], rows.weight[chosen]))
-            groups.append(TargetGroup(targets, folds))
-        return groups, shift, basis
-
-    # ---- many rows: moments on the device ----
-
     def _spill(self) -> None:
-        rows = _concatenate(self._kept)
-        self._kept, self._keeping = [], False
+        rows, self._kept = concatenate(self._kept), []
         labels = rows.y[:SHIFT_ROWS]
-        shift = rows.x[:SHIFT_ROWS].mean(0, dtype=np.float64)
         label_shift = np.nansum(labels, 0) / np.maximum((~np.isnan(labels)).sum(0), 1)
-        self._empty = lambda: mm.init(len(shift), len(label_shift), self._folds, shift, label_shift)
+        self._shifts = rows.x[:SHIFT_ROWS].mean(0, dtype=np.float64), label_shift
         self._route(rows)
 
     def _route(self, rows: Rows) -> None:
-        """Queues the rows by subset and fold, and sends what fills a chunk."""
-        patterns, which = np.unique(~np.isnan(rows.y), axis=0, return_inverse=True)
-        for index, pattern in enumerate(patterns):
-            here = which.reshape(-1) == index
-            for subset in self._subsets_for(tuple(pattern.tolist())):
-                for fold in np.unique(rows.fold[here]).tolist():
-                    queue = self._pending.setdefault((subset, fold), [])
-                    queue.append(Rows(*(column[here & (rows.fold == fold)] for column in rows)))
-                    if sum(len(part.x) for part in queue) >= self._chunk_rows:
-                        self._flush(subset, fold)
+        """Queues the rows by bucket, and sends what fills a chunk."""
+        if not len(rows.x):
+            return
+        seen = ~np.isnan(rows.y)
+        patterns, which = (seen[:1], np.zeros(len(seen), np.int64)) if seen.all() else _distinct(seen)
+        for source in np.unique(rows.source).tolist():
+            for fold in range(self.folds):
+                here = (rows.source == source) & (rows.fold == fold)
+                for index, pattern in enumerate(patterns):
+                    chosen = np.flatnonzero(here & (which == index))
+                    if not len(chosen):
+                        continue
+                    part = rows if len(chosen) == len(rows.x) else rows.take(chosen)
+                    for subset in self._subsets_for(source, tuple(pattern.tolist())):
+                        key = Key(source, subset, fold)
+                        queue = self._pending.setdefault(key, [])
+                        queue.append(part)
+                        if sum(len(waiting.x) for waiting in queue) >= self._chunk_rows:
+                            self._flush(key)
 
-    def _subsets_for(self, pattern: Subset) -> list[Subset]:
+    def _subsets_for(self, source: str, pattern: Subset) -> list[Subset]:
         """The subsets whose sums count a row of this pattern.
 
         One subset a pattern costs each row one update. With more patterns than objectives (labels missing at random)
         there is one subset an objective instead, and a row costs an update an objective: memory stays bounded.
         """
         single = [tuple(row) for row in np.eye(len(pattern), dtype=bool).tolist()]
-        if set(self._sums) != set(single) and pattern not in self._sums:
-            if len(self._sums) < len(pattern):
-                self._sums[pattern] = self._empty()
-            else:
-                self._regroup(single)
-        if set(self._sums) != set(single):
-            return [pattern]
-        return [subset for subset, present in zip(single, pattern, strict=True) if present]
+        present = {key.subset for key in (*self._sums, *self._pending) if key.source == source}
+        alone = len(present) >= len(pattern) and present <= set(single)
+        if not alone and pattern not in present and len(present) >= len(pattern):
+            self._regroup(source, single)
+            alone = True
+        return [subset for subset, rated in zip(single, pattern, strict=True) if rated] if alone else [pattern]
 
-    def _regroup(self, subsets: Sequence[Subset]) -> None:
+    def _regroup(self, source: str, subsets: Sequence[Subset]) -> None:
         """From one subset a pattern to one an objective: each takes the sums of the patterns that have it."""
-        self._flush_all()
-        self._sums = {
-            subset: functools.reduce(
-                mm.merge, [sums for pattern, sums in self._sums.items() if pattern[target]], self._empty()
-            )
-            for target, subset in enumerate(subsets)
-        }
+        self.flush()
+        old = {key: self._sums.pop(key) for key in list(self._sums) if key.source == source}
+        for target, subset in enumerate(subsets):
+            for fold in range(self.folds):
+                parts = [sums for key, sums in old.items() if key.subset[target] and key.fold == fold]
+                self._sums[Key(source, subset, fold)] = functools.reduce(mm.merge, parts, self._empty())
 
-    def _flush(self, subset: Subset, fold: int, whole: bool = False) -> None:
-        rows = _concatenate(self._pending.pop((subset, fold)))
+    def _empty(self) -> mm.Moments:
+        assert self._shifts is not None
+        return self._device.init(len(self._shifts[0]), len(self._shifts[1]), *self._shifts)
+
+    def _flush(self, key: Key, whole: bool = False) -> None:
+        rows = concatenate(self._pending.pop(key))
         size, start = self._chunk_rows, 0
         while start < len(rows.x) and (whole or len(rows.x) - start >= size):
-            part = Rows(*(column[start : start + size] for column in rows))
-            pad = ((0, size - len(part.x)), (0, 0))
-            self._sums[subset] = mm.update(
-                self._sums[subset],
-                np.pad(part.x.astype(np.float32), pad),
-                np.pad(part.y.astype(np.float32), pad),
-                np.pad(part.weight.astype(np.float32), pad[0]),
-                np.int32(fold),
-            )
+            part = rows.take(slice(start, start + size))
+            chunk = [np.asarray(column, np.float32) for column in (part.x, part.y, part.weight)]
+            spare = size - len(part.x)
+            if spare:
+                chunk = [np.pad(column, ((0, spare),) + ((0, 0),) * (column.ndim - 1)) for column in chunk]
+            fresh = key not in self._sums
+            before = self._empty() if fresh else self._sums.pop(key)
+            self._sums[key] = self._device.update(before, *chunk)
+            if fresh:
+                self.precision = self.precision.probe(self._device.finalize(self._sums[key]), *chunk)
             start += size
         if start < len(rows.x):
-            self._pending[subset, fold] = [Rows(*(column[start:] for column in rows))]
+            self._pending[key] = [rows.take(slice(start, None))]
 
-    def _flush_all(self) -> None:
-        for subset, fold in list(self._pending):
-            self._flush(subset, fold, whole=True)
+    def flush(self) -> None:
+        """Sends what waits to fill a chunk."""
+        for key in list(self._pending):
+            self._flush(key, whole=True)
 
-    def _summed(self) -> list[TargetGroup]:
-        self._flush_all()
-        stats = {subset: mm.finalize(self._sums.pop(subset)) for subset in list(self._sums)}
-        groups = []
-        for targets in _equal_columns(np.array(list(stats))):
-            serving = [folds for subset, folds in stats.items() if subset[targets[0]]]
-            folds = [mm.select(mm.combine(parts), targets) for parts in zip(*serving, strict=True)]
-            groups.append(TargetGroup(targets, folds))
-        return groups
+    # ---- sums out ----
+
+    def statistics(self) -> dict[Key, Statistics]:
+        """The sums of every bucket, about one origin (None is kept: `kept` is None). More rows may follow."""
+        assert self._shifts is not None
+        self.flush()
+        found = dict(self._merged)
+        for key, moments in self._sums.items():
+            stats = self._device.finalize(moments)
+            found[key] = st.combine([found[key], st.recentre(stats, *_origin(found[key]))]) if key in found else stats
+        origin = _origin(next(iter(found.values())))
+        return {key: st.recentre(stats, *origin) for key, stats in found.items()}
+
+    def merge(self, other: "Accumulator") -> "Accumulator":
+        """Takes in what another accumulator collected, on whatever machine; returns self.
+
+        Raises:
+          DataError: other folds, seed, features or objectives.
+        """
+        if (other.folds, other.seed) != (self.folds, self.seed):
+            raise DataError(
+                f"moments with folds={other.folds}, seed={other.seed} cannot be merged into {self.folds}, {self.seed}"
+            )
+        if other._labels is None:
+            return self
+        if self._labels is not None:
+            own = self.num_features, len(self._labels.observed)
+            if (other.num_features, len(other._labels.observed)) != own:
+                raise DataError(
+                    f"moments of {other.num_features} features, {len(other._labels.observed)} objectives cannot be "
+                    f"merged into those of {own}"
+                )
+        self._labels = _joined_labels(self._labels, other._labels)
+        for group, count in other.group_sizes.items():
+            self.group_sizes[group] = self.group_sizes.get(group, 0) + count
+        if self._shifts is None and other._shifts is None:
+            self._kept += other._kept
+            self._spill_if_many()
+            return self
+        if other._shifts is None:
+            self._route(concatenate(other._kept))
+            return self
+        if self._shifts is None:
+            kept, self._kept, self._shifts = self._kept, [], other._shifts
+            for rows in kept:
+                self._route(rows)
+        self.precision = self.precision.joined(other.precision)
+        for key, stats in other.statistics().items():
+            moved = st.recentre(stats, *(np.asarray(shift, np.float32).astype(np.float64) for shift in self._shifts))
+            self._merged[key] = st.combine([self._merged[key], moved]) if key in self._merged else moved
+        return self
 
 
-def _concatenate(parts: Sequence[Rows]) -> Rows:
-    return Rows(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+def _origin(stats: Statistics) -> tuple[np.ndarray, np.ndarray]:
+    return stats.shift, stats.label_shift
 
 
-def _equal_columns(table: np.ndarray) -> list[np.ndarray]:
-    """Indices of the columns of a bool table, grouped by equal content."""
-    _, which = np.unique(table, axis=1, return_inverse=True)
-    which = which.reshape(-1)
-    return [np.flatnonzero(which == value) for value in range(which.max() + 1)]
+def _labels_of(rows: Rows, total: int) -> Labels:
+    low = np.fmin.reduce(rows.y, axis=0, initial=np.inf)
+    high = np.fmax.reduce(rows.y, axis=0, initial=-np.inf)
+    return Labels(total, (~np.isnan(rows.y)).sum(0), low, high)
+
+
+def _joined_labels(a: Labels | None, b: Labels) -> Labels:
+    if a is None:
+        return b
+    return Labels(a.num_rows + b.num_rows, a.observed + b.observed, np.fmin(a.low, b.low), np.fmax(a.high, b.high))
+
+
+def _distinct(seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct rows of a boolean array [n, T], and the index int[n] of each row among them."""
+    packed = np.ascontiguousarray(np.packbits(seen, axis=1))
+    _, first, which = np.unique(
+        packed.view(np.dtype((np.void, packed.shape[1]))).reshape(-1), return_index=True, return_inverse=True
+    )
+    return seen[first], which.reshape(-1)

@@ -13,7 +13,7 @@ from multitap_jax.scoring.manifest import Objective
 from multitap_jax.scoring.progress import progress_bar
 from multitap_jax.scoring.scorer import Scorer
 from multitap_jax.stage2.embed import embed_stream, link_records, scan
-from multitap_jax.stage2.head import RidgeHead
+from multitap_jax.stage2.head import CRITERIA, RidgeHead
 from multitap_jax.stage2.store import EmbeddingStore
 
 OFFICIAL_ALPHAS = (1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
@@ -54,11 +54,11 @@ def make_head(alphas: Sequence[str | float], cv: str | int, selection: str) -> R
         ) from None
     if selection == "train-mse" and values == "auto":
         values = list(OFFICIAL_ALPHAS)
-    if str(cv) != "gcv" and not str(cv).isdigit():
-        raise ValueError(f'--cv={cv}: expected a number of folds or "gcv"')
+    if str(cv) not in CRITERIA and not str(cv).isdigit():
+        raise ValueError(f"--cv={cv}: expected a number of folds or one of {', '.join(CRITERIA)}")
     return RidgeHead(
         alphas=values,
-        cv="gcv" if cv == "gcv" else int(cv),
+        cv=cv if cv in CRITERIA else int(cv),
         selection=selection,
         alpha_per_target=selection != "train-mse",  # the official code picks one alpha for all
     )

@@ -1,28 +1,38 @@
-"""From collected statistics to heads: choose each alpha, solve, refine, and measure on held-out rows."""
+"""From collected sums or rows to heads: choose each alpha, solve, refine where float32 may have hurt, and measure."""
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
-import scipy.stats
 
-from multitap_jax.stage2 import solve
-from multitap_jax.stage2.accumulator import Collected, DataError, TargetGroup
-from multitap_jax.stage2.moments import Statistics, combine
-from multitap_jax.stage2.refine import TOLERANCE, Rows, refine
+from multitap_jax.stage2 import heldout, solve, systems
+from multitap_jax.stage2.accumulator import Accumulator
+from multitap_jax.stage2.certificate import prediction_error
+from multitap_jax.stage2.refine import TOLERANCE, refine
+from multitap_jax.stage2.rows import DataError, Rows
+from multitap_jax.stage2.systems import System
+from multitap_jax.stage2.uncertainty import Posterior
 
-STREAM_FLOOR = 1e-6  # of the largest eigenvalue: with a smaller alpha one float32 pass does not give 4 digits
+REFINE_ABOVE = (
+    1e-5  # expected error of the predictions, in deviations of the labels; the true one is several times less
+)
+NOTE_ABOVE = 1e-4
 Replay = Callable[[], Iterable[Rows]]
 
 
 class Settings(NamedTuple):
-    """The parameters of `RidgeHead`, checked; `criterion` is "kfold", "gcv" or "train-mse"."""
+    """The parameters of `RidgeHead`, checked; `criterion` is "kfold", "gcv", "loo", "logo" or "train-mse"."""
 
     alphas: np.ndarray | None
     criterion: str
     alpha_per_target: bool
     fit_intercept: bool
+    standardize: bool
     solver: str
+    refine: str | bool
+    cv_predictions: bool
+    targets: np.ndarray
+    source_weights: Mapping[str, float]
 
 
 class HeadFit(NamedTuple):
@@ -32,114 +42,146 @@ class HeadFit(NamedTuple):
     intercept: np.ndarray
     alpha: np.ndarray
     cv_results: dict[str, np.ndarray]
-    cv_predictions: np.ndarray | None
+    held_out: heldout.HeldOut | None
+    observed: np.ndarray
+    posteriors: list[Posterior]
     notes: list[str]
 
 
-class System(NamedTuple):
-    """The regression of the objectives `targets`, which are observed in the same rows."""
-
-    targets: np.ndarray
-    total: Statistics
-    spectrum: solve.Spectrum
-
-
 class Criterion(NamedTuple):
-    """What the choice rests on: `mse` [C, T], `reference` [T], `fold_mse` [Q, C, T], fold paths.
-
-    The reference is the error of the best constant, or of 0 where there is no intercept.
-    """
+    """What the choice rests on: `mse` [C, T], `reference` [T] (error of the best constant), `fold_mse` [Q, C, T]."""
 
     mse: np.ndarray
     reference: np.ndarray
     fold_mse: np.ndarray | None
-    paths: list[list[solve.FoldPath]]
 
 
-def fit_heads(data: Collected, settings: Settings, names: Sequence[str], replay: Replay | None) -> HeadFit:
-    """Fits every objective; `replay` gives the rows again, None if they are gone."""
-    systems = [_system(group, settings.fit_intercept) for group in data.groups]
-    alphas = _alpha_table(systems, data, settings)
-    criterion = _criterion(systems, data, settings, alphas, names)
+def fit_heads(data: Accumulator, settings: Settings, names: Sequence[str], replay: Replay | None) -> HeadFit:
+    """Fits every chosen objective; `replay` gives the rows again, None if they are gone.
+
+    Raises:
+      DataError: an objective without labels, or a criterion that these rows cannot serve.
+    """
+    needs_vectors = settings.criterion in ("kfold", "loo", "logo")
+    every = systems.build(
+        data,
+        fit_intercept=settings.fit_intercept,
+        standardize=settings.standardize,
+        eigenvectors=needs_vectors,
+        smallest_alpha=0.0 if settings.alphas is None else float(settings.alphas.min()),
+        targets=settings.targets,
+        source_weights=settings.source_weights,
+        names=names,
+    )
+    for system in every:
+        if system.num_rows < 2:
+            raise DataError(
+                f"objective {names[system.targets[0]]}: {system.num_rows} sample(s) with a label (n_samples = 1); a "
+                "fit needs two rows, so add labels or leave the objective out"
+            )
+    constant = (data.labels.low >= data.labels.high)[settings.targets]
+    alphas = _alpha_table(every, data.num_features, settings)
+    criterion = _criterion(every, data, settings, alphas, names, replay)
+    if settings.fit_intercept:  # exactly, where sums leave a rounding error
+        criterion = criterion._replace(reference=np.where(constant, 0.0, criterion.reference))
     flat = criterion.reference == 0
     best = solve.choose(criterion.mse, criterion.reference, settings.alpha_per_target)
     alpha = np.take_along_axis(alphas, best[None, :], axis=0)[0]
-    notes = [f"{names[i]}: constant labels, the head predicts that constant" for i in np.flatnonzero(flat).tolist()]
-    if settings.criterion != "train-mse" and len(alphas) > 1:
-        for i in np.flatnonzero(~flat & ((best == 0) | (best == len(alphas) - 1))).tolist():
-            notes.append(f"{names[i]}: alpha {alpha[i]:.3g} is at the {'lower' if best[i] == 0 else 'upper'} edge")
-    coef, intercept = _solve(systems, data, settings, alpha, flat, replay, names, notes)
+    notes = _notes(names, alpha, best, flat, criterion.mse, settings.criterion)
+    coef, intercept = _solve(every, data, settings, alpha, flat, replay, names, notes)
     results = {
         "alphas": alphas,
         "mse": criterion.mse,
         "r2": 1.0 - criterion.mse / np.where(flat, np.nan, criterion.reference)[None, :],
         "best_index": best,
     }
-    predictions = None
     if criterion.fold_mse is not None:
         results["fold_mse"] = criterion.fold_mse
-        if replay is not None:
-            predictions, results["tau"] = _held_out(systems, data, criterion.paths, best, replay)
-    return HeadFit(coef, intercept, alpha, results, predictions, notes)
+    held_out = None
+    if settings.cv_predictions and needs_vectors and replay is not None:
+        held_out = heldout.predict(every, data, settings, alpha, flat, replay)
+        results["tau"] = held_out.tau(constant, data.shared)
+    observed = np.zeros(len(alpha), np.int64)
+    for system in every:
+        observed[system.targets] = system.num_rows
+    posteriors = [Posterior.of(system, alpha[system.targets], settings.fit_intercept) for system in every]
+    return HeadFit(coef, intercept, alpha, results, held_out, observed, posteriors, notes)
 
 
-def _system(group: TargetGroup, fit_intercept: bool) -> System:
-    total = combine(group.folds)
-    return System(group.targets, total, solve.decompose(total, fit_intercept))
-
-
-def _alpha_table(systems: list[System], data: Collected, settings: Settings) -> np.ndarray:
+def _alpha_table(every: list[System], num_features: int, settings: Settings) -> np.ndarray:
     """Ascending alphas float64[C, T]; the automatic ones follow the rows of each objective, or their mean."""
-    targets = len(data.observed)
+    targets = len(settings.targets)
     if settings.alphas is not None:
         return np.repeat(np.unique(settings.alphas.astype(np.float64))[:, None], targets, axis=1)
-    columns: list[Any] = [None] * targets
-    for system in systems:
+    columns: list[np.ndarray] = [np.empty(0)] * targets
+    for system in every:
         for target in system.targets:
-            columns[target] = solve.auto_alphas(system.total, data.num_features)
+            columns[target] = solve.auto_alphas(system.trace, num_features)
     table = np.stack(columns, axis=1)
     return table if settings.alpha_per_target else np.broadcast_to(table.mean(1, keepdims=True), table.shape)
 
 
 def _criterion(
-    systems: list[System], data: Collected, settings: Settings, alphas: np.ndarray, names: Sequence[str]
+    every: list[System],
+    data: Accumulator,
+    settings: Settings,
+    alphas: np.ndarray,
+    names: Sequence[str],
+    replay: Replay | None,
 ) -> Criterion:
     mse, reference = np.empty(alphas.shape), np.empty(alphas.shape[1])
-    folds = len(data.groups[0].folds)
-    fold_mse = np.full((folds, *alphas.shape), np.nan) if settings.criterion == "kfold" else None
-    paths: list[list[solve.FoldPath]] = []
-    for system, group in zip(systems, data.groups, strict=True):
-        own, total, which = alphas[:, system.targets], system.total, system.targets
-        reference[which] = system.spectrum.label_energy / total.weight
+    fold_mse = np.full((data.folds, *alphas.shape), np.nan) if settings.criterion == "kfold" else None
+    for system in every:
+        which = system.targets
+        own = alphas[:, which[0]]  # objectives of one system have the same rows, hence the same alphas
+        name = names[which[0]]
+        reference[which] = system.label_energy / system.weight
         if fold_mse is not None:
-            if sum(fold.num_rows > 0 for fold in group.folds) < 2:
-                raise DataError(
-                    f"objective {names[which[0]]}: its {total.num_rows} rated rows fall into one fold, so nothing can "
-                    "be held out; give more groups, other groups, or cv='gcv'"
-                )
-            paths.append(solve.kfold(group.folds, own, settings.fit_intercept))
-            mse[:, which] = sum(path.error for path in paths[-1]) / total.weight
-            for index, path in enumerate(paths[-1]):
-                if path.weight > 0:
-                    fold_mse[index][:, which] = path.error / path.weight
+            parts = heldout.fold_errors(system, data.folds, own, settings.fit_intercept, name)
+            mse[:, which] = sum(part.error for part in parts) / system.weight
+            for index, part in enumerate(parts):
+                if part.weight > 0:
+                    fold_mse[index][:, which] = part.error / part.weight
+        elif settings.criterion in ("loo", "logo"):
+            mse[:, which] = heldout.single_errors(system, data, settings, own, replay, name) / system.weight
         elif settings.criterion == "gcv":
-            mse[:, which] = solve.gcv(system.spectrum, own, settings.fit_intercept)
-            n = total.num_rows
+            n, path = system.num_rows, system.factor.path(own)
+            mse[:, which] = solve.gcv(path, system.label_energy, n, own, settings.fit_intercept)
+            mse[:, which] /= system.weight / n
             freedom = max(n - int(settings.fit_intercept), 1)
-            reference[which] *= total.weight * n / freedom**2  # GCV of the best constant
-            if np.isinf(mse[:, which]).all():
-                raise DataError(f"objective {names[which[0]]}: {n} rows leave GCV no degrees of freedom; use folds")
+            reference[which] *= n**2 / freedom**2  # GCV of the best constant
         else:
-            coef, intercept = system.spectrum.solve(own)
-            mse[:, which] = solve.squared_error(total, coef, intercept) / total.weight
-    if settings.fit_intercept:  # exactly, where sums leave a rounding error
-        reference = np.where(data.constant, 0.0, reference)
-    return Criterion(mse, reference, fold_mse, paths)
+            path = system.factor.path(own)
+            mse[:, which] = solve.residual_energy(path, system.label_energy, own) / system.weight
+        if not np.isfinite(mse[:, which]).any(0).all():
+            raise DataError(
+                f"objective {name}: {system.num_rows} rows, and no alpha has a usable score by {settings.criterion}; "
+                "give larger alphas, more rows, or another cv"
+            )
+    return Criterion(mse, reference, fold_mse)
+
+
+def _notes(
+    names: Sequence[str], alpha: np.ndarray, best: np.ndarray, flat: np.ndarray, mse: np.ndarray, criterion: str
+) -> list[str]:
+    notes = [f"{names[i]}: constant labels, the head predicts that constant" for i in np.flatnonzero(flat).tolist()]
+    if criterion == "train-mse" or len(mse) < 2:
+        return notes
+    for i in np.flatnonzero(~flat).tolist():
+        usable = np.flatnonzero(np.isfinite(mse[:, i]))
+        if best[i] in (usable[0], len(mse) - 1):
+            notes.append(
+                f"{names[i]}: alpha {alpha[i]:.3g} is at the {'lower' if best[i] < len(mse) - 1 else 'upper'} edge"
+            )
+    unusable = (~np.isfinite(mse)).any(1).sum()
+    if unusable and criterion == "kfold":
+        notes.append(f"{unusable} smallest alphas could not be scored and were not considered")
+    return notes
 
 
 def _solve(
-    systems: list[System],
-    data: Collected,
+    every: list[System],
+    data: Accumulator,
     settings: Settings,
     alpha: np.ndarray,
     flat: np.ndarray,
@@ -147,66 +189,62 @@ def _solve(
     names: Sequence[str],
     notes: list[str],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(coef float32[T, H], intercept float64[T]) at the chosen alphas; refined where the statistics were float32."""
-    targets = len(alpha)
-    coef, mean = np.zeros((targets, data.num_features)), np.zeros((targets, data.num_features))
-    label_mean, energy = np.zeros(targets), np.zeros(targets)
-    for which, total, spectrum in systems:
-        if settings.solver == "device":
-            own = solve.solve_on_device(total, alpha[which], settings.fit_intercept)
+    """(coef float32[T, H], intercept float64[T]) at the chosen alphas; refined where float32 statistics fell short."""
+    shape = len(alpha), data.num_features
+    coef, mean, scale = np.zeros(shape), np.zeros(shape), np.ones(shape)
+    label_mean, energy, expected = np.zeros(len(alpha)), np.zeros(len(alpha)), np.zeros(len(alpha))
+    for system in every:
+        which = system.targets
+        if settings.solver == "device" and system.total is not None:
+            own = solve.solve_on_device(system.total, alpha[which], settings.fit_intercept)
         else:
-            own = spectrum.solve(alpha[None, which])[0][0]
-        coef[which], mean[which] = data.lift(own), data.lift_point(spectrum.mean)
-        label_mean[which], energy[which] = spectrum.label_mean, solve.label_variance_energy(total)
-    coef[flat], energy[flat] = 0.0, 0.0
-
-    if data.basis is None and replay is not None:
+            own = system.factor.coefficients(alpha[which])
+        coef[which], mean[which], scale[which] = own, system.mean[None, :], system.scale[None, :]
+        label_mean[which], energy[which] = system.label_mean, system.label_energy
+        if system.total is not None:
+            values = np.zeros(data.num_features)
+            values[: len(system.factor.values)] = system.factor.values
+            expected[which] = prediction_error(
+                data.precision, system.total, values, own, alpha[which], system.label_energy
+            )
+    coef[flat], energy[flat], expected[flat] = 0.0, 0.0, 0.0
+    if settings.solver == "device" and data.kept is not None:
+        notes.append("few rows: solved exactly on the host")
+    passes_allowed = settings.refine is not False and data.kept is None and replay is not None
+    if passes_allowed and (settings.refine is True or (expected > REFINE_ABOVE).any()):
+        assert replay is not None
 
         def precondition(residual: np.ndarray) -> np.ndarray:
             out = np.empty_like(residual)
-            for which, _, spectrum in systems:
-                out[which] = spectrum.precondition(residual[which], alpha[which])
+            for system in every:
+                for target in system.targets:
+                    out[target] = system.factor.inverse(residual[target][None], alpha[target])[0]
             return out
 
-        refined = refine(replay, precondition, coef, alpha, mean, label_mean, energy)
-        coef = refined.coef
-        for i in np.flatnonzero(refined.error > 100 * TOLERANCE).tolist():
+        settled = refine(
+            replay,
+            precondition,
+            coef,
+            alpha,
+            mean,
+            scale,
+            label_mean,
+            energy,
+            settings.targets,
+            settings.source_weights,
+            data.shared,
+        )
+        coef = settled.coef
+        for i in np.flatnonzero(settled.error > 100 * TOLERANCE).tolist():
             notes.append(
-                f"{names[i]}: alpha {alpha[i]:.3g} is too small to solve fully; error left: {refined.error[i]:.0e}"
+                f"{names[i]}: alpha {alpha[i]:.3g} is too small to solve fully; error left: {settled.error[i]:.0e}"
             )
-    elif data.basis is None:
-        for which, _, spectrum in systems:
-            for i in which[~flat[which] & (alpha[which] < STREAM_FLOOR * spectrum.values[-1])].tolist():
-                notes.append(
-                    f"{names[i]}: alpha {alpha[i]:.3g} is small for a single float32 pass; fit a store instead"
-                )
-    coef = coef.astype(np.float32)  # what is saved is what predicts: the intercept makes up for the rounding
-    return coef, label_mean - np.sum(mean * coef, axis=1)
-
-
-def _held_out(
-    systems: list[System], data: Collected, paths: list[list[solve.FoldPath]], best: np.ndarray, replay: Replay
-) -> tuple[np.ndarray, np.ndarray]:
-    """Predictions float32[N, T] of each row by the heads that have not seen its fold, and Kendall tau-b float64[T]."""
-    folds = len(paths[0])
-    coef, intercept = np.zeros((folds, len(best), data.num_features)), np.zeros((folds, len(best)))
-    for system, own in zip(systems, paths, strict=True):
-        for fold, path in enumerate(own):
-            column = np.arange(len(system.targets))
-            chosen = path.coef[best[system.targets], column], path.intercept[best[system.targets], column]
-            coef[fold, system.targets] = data.lift(chosen[0])
-            intercept[fold, system.targets] = data.lift_intercept(*chosen)
-    predictions, labels = [], []
-    for rows in replay():
-        x, out = rows.x.astype(np.float64), np.empty(rows.y.shape, np.float32)
-        for fold in np.unique(rows.fold):
-            here = rows.fold == fold
-            out[here] = x[here] @ coef[fold].T + intercept[fold][None, :]
-        predictions.append(out)
-        labels.append(rows.y.astype(np.float32))
-    predicted, given = np.concatenate(predictions), np.concatenate(labels)
-    tau = np.full(len(best), np.nan)
-    for target in np.flatnonzero(~data.constant):
-        seen = ~np.isnan(given[:, target])
-        tau[target] = scipy.stats.kendalltau(predicted[seen, target], given[seen, target]).statistic
-    return predicted, tau
+    else:
+        for i in np.flatnonzero(expected > NOTE_ABOVE).tolist():
+            notes.append(
+                f"{names[i]}: alpha {alpha[i]:.3g} is small for a single float32 pass (expected error "
+                f"{expected[i]:.0e}); fit a store instead"
+            )
+    # What is saved is what predicts: the intercept makes up for the rounding to float32.
+    rounded = (coef / scale).astype(np.float32)
+    return rounded, label_mean - np.sum(mean * scale * rounded, axis=1)

@@ -1,277 +1,436 @@
 """`RidgeHead`: one linear head an objective on frozen embeddings, in closed form, with an honest choice of alpha.
 
     head = RidgeHead().fit_store(EmbeddingStore("embeddings"))      # or .fit(X, Y, groups=image_of_each_text)
-    head.predict(X)                                                 # float32[N, T]
+    head.predict(X)                                                 # float32[N, T];  return_std=True: how sure
     print(head.summary())                                           # a table
     head.save("heads")
 
 The habits are scikit-learn's (parameters, `fit`, `predict`, names ending in an underscore), without needing it.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
-import safetensors
-import safetensors.numpy
-from rich.text import Text
 
 from multitap_jax.display import TextTable
-from multitap_jax.files import write_atomic
-from multitap_jax.stage2.accumulator import Accumulator, DataError, RawBatch, checked_rows
-from multitap_jax.stage2.fitting import Settings, fit_heads
+from multitap_jax.stage2 import head_files, head_tables, persist
+from multitap_jax.stage2.accumulator import Accumulator
+from multitap_jax.stage2.estimator import Estimator
+from multitap_jax.stage2.fitting import HeadFit, Replay, Settings, fit_heads
+from multitap_jax.stage2.rows import DataError, Rows, array_batches, checked_rows, folds_of_splits, with_folds
 from multitap_jax.stage2.store import EmbeddingStore
+from multitap_jax.stage2.uncertainty import KINDS
 
-FIT_ROWS = 4096
+PREDICT_ROWS = 4096
+CRITERIA = ("gcv", "loo", "logo")
 
 
-class RidgeHead:
+class RidgeHead(Estimator):
     """Multi-objective ridge regression: predict(X) = X coef_^T + intercept_.
 
     Args:
       alphas: "auto" (20 values, 1e-6 to 1e2 times the mean eigenvalue of the centred X^T X) or positive numbers, in the
         units of scikit-learn's `Ridge`.
-      cv: number of folds (rows of one group stay together; the fold is a hash of the group), or "gcv".
+      cv: number of folds (rows of one group stay together; the fold is a hash of the group, or of the row where there
+        are no groups), "gcv", "loo" (exact leave-one-out) or "logo" (exact leave-one-group-out). The last two read the
+        rows a second time. For arrays also a list of splits (train indices, test indices).
       alpha_per_target: an alpha for each objective, or one for all.
       fit_intercept: False: neither X nor Y is centred.
+      standardize: divide each feature by its deviation over the rated rows first; `coef_` is of X itself either way.
       selection: "cv", or "train-mse": the alpha with the smallest error on the training rows themselves. That is always
         the smallest one; it is here to reproduce the official code.
-      solver: "host" (LAPACK, float64) or "device" (float32 Cholesky with one float64 correction) for the last step.
+      solver: "host" (LAPACK, float64) or "device" (float32 Cholesky, corrected by float64 residuals) for the last step.
+      refine: "auto": passes over the rows where float32 sums may have moved a prediction by more than 1e-5 deviations
+        (certificate.py); True: always; False: never.
+      store_cv_predictions: keep held-out predictions and labels of all rows (2 N T numbers).
       seed: of the fold hash.
 
     Attributes, after fitting:
       coef_: float32[T, H].   intercept_: float64[T].   alpha_: float64[T].
       objective_names_: tuple of T.   n_features_in_: H.   n_rows_: rows read.   n_observed_: int[T], rated rows.
       cv_results_: "alphas" [C, T], "mse" [C, T] (the criterion: held-out, GCV or training error), "r2" [C, T],
-        "best_index" [T], with folds also "fold_mse" [Q, C, T], and "tau" [T] where the rows could be read again.
-        C alphas, Q folds.
-      cv_predictions_: float32[N, T] held-out predictions, or None (single pass, "gcv", "train-mse").
+        "best_index" [T], with folds also "fold_mse" [Q, C, T], and "tau" [T] with held-out predictions. C alphas, Q
+        folds. An infinite mse marks an alpha that could not be scored.
+      cv_predictions_, cv_labels_: float32[N, T], and cv_groups_: uint64[N], or None (single pass, "gcv", "train-mse").
       r2_, tau_: float64[T], R2 and Kendall tau-b at the chosen alpha by the criterion; NaN where not known.
-      criterion_: "kfold", "gcv" or "train-mse".
+      criterion_: "kfold", "gcv", "loo", "logo" or "train-mse".
+      posteriors_: what `predict(return_std=True)` and `leverage` need.
       notes_: what deserves a look: constant objectives, alphas at the edge of the grid.
     """
 
     def __init__(
         self,
         alphas: str | Sequence[float] | np.ndarray = "auto",
-        cv: int | str = 5,
+        cv: int | str | Sequence[tuple[Any, Any]] = 5,
         alpha_per_target: bool = True,
         fit_intercept: bool = True,
+        standardize: bool = False,
         selection: str = "cv",
         solver: str = "host",
+        refine: str | bool = "auto",
+        store_cv_predictions: bool = True,
         seed: int = 0,
     ) -> None:
         self.alphas = alphas
         self.cv = cv
         self.alpha_per_target = alpha_per_target
         self.fit_intercept = fit_intercept
+        self.standardize = standardize
         self.selection = selection
         self.solver = solver
+        self.refine = refine
+        self.store_cv_predictions = store_cv_predictions
         self.seed = seed
-
-    _PARAMETERS = ("alphas", "cv", "alpha_per_target", "fit_intercept", "selection", "solver", "seed")
-
-    def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """The constructor's arguments."""
-        return {name: getattr(self, name) for name in self._PARAMETERS}
-
-    def set_params(self, **params: Any) -> "RidgeHead":
-        """Changes constructor arguments; ValueError for an unknown one."""
-        for name, value in params.items():
-            if name not in self._PARAMETERS:
-                raise ValueError(f"{name!r} is no parameter of RidgeHead; there are {', '.join(self._PARAMETERS)}")
-            setattr(self, name, value)
-        return self
-
-    def __repr__(self) -> str:
-        return f"RidgeHead({', '.join(f'{name}={value!r}' for name, value in self.get_params().items())})"
 
     # ---- fitting ----
 
     def fit(
         self,
         X: np.ndarray,
-        Y: np.ndarray,
+        y: np.ndarray,
         sample_weight: np.ndarray | None = None,
         groups: Sequence[str] | None = None,
         objective_names: Sequence[str] | None = None,
+        sources: Sequence[str] | None = None,
+        mesh: jax.sharding.Mesh | None = None,
     ) -> "RidgeHead":
-        """Fits arrays: X [N, H], Y [N, T] (or [N]) with NaN for missing labels, sample_weight [N] >= 0, N groups.
+        """Fits arrays: X [N, H], y [N, T] (or [N]) with NaN for missing labels, sample_weight [N] >= 0, N groups.
 
         Raises:
           DataError (a ValueError): shapes that disagree, NaN in X, an objective without labels.
         """
-        X, Y = np.asarray(X), np.asarray(Y)
-        if len(X) != len(Y):
-            raise DataError(f"X has {len(X)} rows, Y has {len(Y)}")
-        names = [f"row:{i}" for i in range(len(X))] if groups is None else list(groups)
-        weight = np.ones(len(X)) if sample_weight is None else np.asarray(sample_weight)
+        batches = array_batches(X, y, sample_weight, groups, sources)
+        flat = np.asarray(y).ndim == 1
+        fold = folds_of_splits(self.cv, len(X)) if isinstance(self.cv, (list, tuple)) else None
+        return self._fit(batches, True, objective_names, mesh, flat, fold)
 
-        def batches() -> Iterator[RawBatch]:
-            for i in range(0, len(X), FIT_ROWS):
-                part = slice(i, i + FIT_ROWS)
-                yield RawBatch(X[part], Y[part], names[part], weight[part])
+    def fit_store(self, store: EmbeddingStore, mesh: jax.sharding.Mesh | None = None) -> "RidgeHead":
+        """Fits a whole embedding store, shard by shard; memory does not grow with its embeddings.
 
-        return self._fit(batches, True, objective_names)
+        With several processes and a `mesh` over them, each reads its share of the shards and all get the same head.
+        """
+        share = (jax.process_index(), jax.process_count()) if mesh is not None else (0, 1)
+        return self._fit(lambda: store.batches(share=share), True, store.objectives, mesh)
 
-    def fit_store(self, store: EmbeddingStore) -> "RidgeHead":
-        """Fits a whole embedding store, shard by shard; memory does not grow with its embeddings."""
-        return self._fit(store.batches, True, store.objectives)
-
-    def fit_stream(self, batches: Iterable[Sequence[Any]], objective_names: Sequence[str] | None = None) -> "RidgeHead":
-        """Fits batches (X, Y, groups or None[, weights]) of any sizes.
+    def fit_stream(
+        self,
+        batches: Iterable[Sequence[Any]],
+        objective_names: Sequence[str] | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+    ) -> "RidgeHead":
+        """Fits batches (X, Y, groups or None[, weights[, sources]]) of any sizes.
 
         A generator is read once. An iterable that can be read again (a list, a loader object) is, to refine the
-        coefficients to full precision and to give held-out predictions.
+        coefficients to full precision and to give held-out predictions. With several processes and a `mesh` over them,
+        each gives its own rows.
         """
         once = iter(batches) is batches
-        return self._fit(lambda: batches, not once, objective_names)
+        return self._fit(lambda: batches, not once, objective_names, mesh)
 
-    def _fit(self, batches: Callable[[], Iterable[Any]], replayable: bool, names: Sequence[str] | None) -> "RidgeHead":
+    def collect(
+        self, batches: Iterable[Sequence[Any]] | EmbeddingStore, mesh: jax.sharding.Mesh | None = None
+    ) -> Accumulator:
+        """Only collects moments, for `fit_moments` to solve any number of times; persist.py saves and merges them."""
         folds = self._check_params()
-        accumulator = Accumulator(folds, self.fit_intercept)
-        for rows in checked_rows(batches(), folds, self.seed):
-            accumulator.add(rows)
-        names = None if names is None else tuple(names)
-        data = accumulator.finish(names)
-        names = names or tuple(f"objective_{i}" for i in range(len(data.observed)))
-        if len(names) != len(data.observed):
-            raise DataError(f"{len(names)} objective names for {len(data.observed)} label columns")
-        criterion = "train-mse" if self.selection == "train-mse" else "gcv" if self.cv == "gcv" else "kfold"
-        alphas = None if isinstance(self.alphas, str) else np.atleast_1d(np.asarray(self.alphas, np.float64))
-        settings = Settings(alphas, criterion, self.alpha_per_target, self.fit_intercept, self.solver)
-        replay = (lambda: checked_rows(batches(), folds, self.seed)) if replayable else None
-        fit = fit_heads(data, settings, names, replay)
+        data = Accumulator(folds, self.seed, mesh=mesh, count_groups=self.criterion == "logo")
+        found: Iterable[Any] = batches.batches() if isinstance(batches, EmbeddingStore) else batches
+        for rows in checked_rows(found, folds, self.seed):
+            data.add(rows)
+        return data
+
+    def fit_moments(
+        self,
+        data: Accumulator,
+        *,
+        objective_names: Sequence[str] | None = None,
+        objectives: Sequence[int] | None = None,
+        source_weights: Mapping[str, float] | None = None,
+        leave_out: Sequence[str] = (),
+    ) -> "RidgeHead":
+        """Solves collected moments, without the rows.
+
+        Args:
+          data: from `collect`, or loaded and merged. Its folds must be those of this head.
+          objective_names: of all its objectives.
+          objectives: indices of those to fit; None: all.
+          source_weights: by which the sample weights of a source (a data set) are multiplied.
+          leave_out: sources that do not count at all.
+        """
+        folds = self._check_params()
+        if data.folds != folds:
+            raise DataError(f"the moments were collected for {data.folds} folds, this head has {folds}; collect again")
+        weights = {**(source_weights or {}), **dict.fromkeys(leave_out, 0.0)}
+        if any(not (np.isfinite(weight) and weight >= 0) for weight in weights.values()):
+            raise DataError(f"source_weights={weights}: weights must be finite and >= 0")
+        return self._solve(data, None, objective_names, objectives, weights)
+
+    def partial_fit(
+        self,
+        X: np.ndarray,
+        y: np.ndarray,
+        sample_weight: np.ndarray | None = None,
+        groups: Sequence[str] | None = None,
+        objective_names: Sequence[str] | None = None,
+        sources: Sequence[str] | None = None,
+    ) -> "RidgeHead":
+        """Adds rows to those of earlier calls and solves again; memory stays that of the moments."""
+        if not hasattr(self, "moments_"):
+            self.moments_ = Accumulator(self._check_params(), self.seed)
+        self._flat = np.asarray(y).ndim == 1
+        batches = array_batches(X, y, sample_weight, groups, sources)
+        if not self.moments_.is_empty and np.shape(X)[1] != self.moments_.num_features:
+            raise DataError(
+                f"X has {np.shape(X)[1]} features, but RidgeHead is expecting {self.moments_.num_features} features as "
+                "input: partial_fit goes on with the rows before"
+            )
+        for rows in checked_rows(batches(), self.moments_.folds, self.seed):
+            self.moments_.add(rows)
+        return self._solve(self.moments_, None, objective_names or getattr(self, "objective_names_", None), None, {})
+
+    def add_objectives(
+        self,
+        X: np.ndarray,
+        y: np.ndarray,
+        objective_names: Sequence[str],
+        sample_weight: np.ndarray | None = None,
+        groups: Sequence[str] | None = None,
+    ) -> "RidgeHead":
+        """Fits further objectives with the same parameters and appends them; the others keep every bit.
+
+        Raises:
+          DataError: other features, or a name that is taken.
+        """
+        self._check_fitted()
+        taken = sorted(set(objective_names) & set(self.objective_names_))
+        if taken:
+            raise DataError(f"objectives {taken} are fitted already; choose other names, or fit a new head")
+        if np.ndim(X) != 2 or np.shape(X)[1] != self.n_features_in_:
+            raise DataError(f"X is {np.shape(X)}; this head was fitted on [N, {self.n_features_in_}]")
+        new = type(self)(**self.get_params())
+        new.fit(X, np.asarray(y).reshape(len(X), -1), sample_weight, groups, objective_names)
+        head_tables.append(self, new)
+        return self
+
+    def _fit(
+        self,
+        batches: Callable[[], Iterable[Any]],
+        replayable: bool,
+        names: Sequence[str] | None,
+        mesh: jax.sharding.Mesh | None = None,
+        flat: bool = False,
+        fold: np.ndarray | None = None,
+    ) -> "RidgeHead":
+        folds = self._check_params()
+        data = Accumulator(folds, self.seed, mesh=mesh, count_groups=self.criterion == "logo")
+
+        def checked() -> Iterator[Rows]:
+            rows = checked_rows(batches(), folds, self.seed)
+            return rows if fold is None else with_folds(rows, fold)
+
+        for rows in checked():
+            data.add(rows)
+        if mesh is not None and jax.process_count() > 1:
+            data = persist.gather(data)
+        replay = checked if replayable else None
+        self._flat = flat
+        return self._solve(data, replay, names, None, {})
+
+    def _solve(
+        self,
+        data: Accumulator,
+        replay: Replay | None,
+        names: Sequence[str] | None,
+        objectives: Sequence[int] | None,
+        source_weights: Mapping[str, float],
+    ) -> "RidgeHead":
+        count = len(data.labels.observed)
+        if names is not None and len(names) != count:
+            raise DataError(f"{len(names)} objective names for {count} label columns")
+        every = tuple(names) if names is not None else tuple(f"objective_{i}" for i in range(count))
+        targets = np.arange(count) if objectives is None else np.asarray(objectives, np.int64)
+        if len(targets) == 0 or not ((targets >= 0) & (targets < count)).all() or len(set(targets)) < len(targets):
+            raise DataError(f"objectives={objectives}: distinct indices from 0 to {count - 1} are expected")
+        chosen = tuple(every[target] for target in targets)
+        settings = Settings(
+            alphas=None if isinstance(self.alphas, str) else np.atleast_1d(np.asarray(self.alphas, np.float64)),
+            criterion=self.criterion,
+            alpha_per_target=self.alpha_per_target,
+            fit_intercept=self.fit_intercept,
+            standardize=self.standardize,
+            solver=self.solver,
+            refine=self.refine,
+            cv_predictions=self.store_cv_predictions,
+            targets=targets,
+            source_weights=source_weights,
+        )
+        self._take(fit_heads(data, settings, chosen, replay), data, chosen)
+        return self
+
+    def _take(self, fit: HeadFit, data: Accumulator, names: tuple[str, ...]) -> None:
         self.coef_, self.intercept_, self.alpha_ = fit.coef, fit.intercept, fit.alpha
-        self.cv_results_, self.cv_predictions_, self.notes_ = fit.cv_results, fit.cv_predictions, fit.notes
+        self.cv_results_, self.notes_, self.posteriors_ = fit.cv_results, fit.notes, fit.posteriors
+        held_out = fit.held_out
+        self.cv_predictions_ = None if held_out is None else held_out.predicted
+        self.cv_labels_ = None if held_out is None else held_out.labels
+        self.cv_groups_ = None if held_out is None else held_out.groups
         self.objective_names_, self.n_features_in_ = names, data.num_features
-        self.n_rows_, self.n_observed_ = data.num_rows, data.observed
-        self.criterion_ = criterion
+        self.n_rows_, self.n_observed_, self.criterion_ = data.labels.num_rows, fit.observed, self.criterion
         chosen = fit.cv_results["best_index"]
         self.r2_ = np.take_along_axis(fit.cv_results["r2"], chosen[None, :], axis=0)[0]
         self.tau_ = fit.cv_results.get("tau", np.full(len(names), np.nan))
-        return self
 
     def _check_params(self) -> int:
         """The number of folds; ValueError for a parameter that makes no sense."""
         for name, value, allowed in (
             ("selection", self.selection, ("cv", "train-mse")),
             ("solver", self.solver, ("host", "device")),
+            ("refine", self.refine, ("auto", True, False)),
         ):
             if value not in allowed:
-                raise ValueError(f"{name}={value!r}: choose one of {', '.join(allowed)}")
-        if self.cv != "gcv" and (isinstance(self.cv, (str, bool)) or self.cv < 2):
-            raise ValueError(f"cv={self.cv!r}: a number of folds from 2 on, or 'gcv'")
+                raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(str, allowed))}")
+        cv: Any = len(self.cv) if isinstance(self.cv, (list, tuple)) else self.cv
+        if cv not in CRITERIA and (isinstance(cv, (str, bool)) or cv < 2):
+            raise ValueError(f"cv={self.cv!r}: a number of folds from 2 on, or one of {', '.join(CRITERIA)}")
         if isinstance(self.alphas, str):
             if self.alphas != "auto":
                 raise ValueError(f"alphas={self.alphas!r}: 'auto' or a list of positive numbers")
         elif not (np.size(self.alphas) and np.all(np.isfinite(self.alphas)) and np.all(np.asarray(self.alphas) > 0)):
             raise ValueError(f"alphas={self.alphas!r}: every alpha must be a positive number")
-        return int(self.cv) if self.selection == "cv" and self.cv != "gcv" else 1
+        return int(cv) if self.criterion == "kfold" else 1
+
+    @property
+    def criterion(self) -> str:
+        """What the parameters ask alphas to be chosen by: "kfold", "gcv", "loo", "logo" or "train-mse"."""
+        if self.selection == "train-mse":
+            return self.selection
+        return self.cv if isinstance(self.cv, str) else "kfold"
 
     # ---- using ----
 
-    def predict(self, X: np.ndarray) -> np.ndarray:
-        """float32[N, T] for X [N, H]; computed in float64, since outlier dimensions cancel against the intercept."""
+    def predict(self, X: np.ndarray, return_std: bool = False, std: str = "bayes") -> Any:
+        """float32[N, T] for X [N, H] (float64 for float64 X; [N] where y was [N]).
+
+        Computed in float64, since outlier dimensions cancel against the intercept.
+
+        With `return_std` also float64[N, T] of the same shape, the standard deviation of a new label: "bayes" or
+        "sandwich" (uncertainty.py says which is which).
+        """
         self._check_fitted()
-        X = np.asarray(X)
-        if X.ndim != 2 or X.shape[1] != self.n_features_in_:
-            raise DataError(f"X is {X.shape}; this head was fitted on [N, {self.n_features_in_}]")
-        out = np.empty((len(X), len(self.intercept_)), np.float32)
+        X = self._checked(X)
+        wide = np.float64 if X.dtype == np.float64 else np.float32
+        out = np.empty((len(X), len(self.intercept_)), wide)
         coef = self.coef_.astype(np.float64).T
-        for i in range(0, len(X), FIT_ROWS):
-            out[i : i + FIT_ROWS] = X[i : i + FIT_ROWS].astype(np.float64) @ coef + self.intercept_[None, :]
+        for i in range(0, len(X), PREDICT_ROWS):
+            out[i : i + PREDICT_ROWS] = X[i : i + PREDICT_ROWS].astype(np.float64) @ coef + self.intercept_[None, :]
+        out = out[:, 0] if self._is_flat else out
+        if not return_std:
+            return out
+        if std not in KINDS:
+            raise ValueError(f"std={std!r}: choose one of {', '.join(KINDS)}")
+        deviation = np.empty((len(X), len(self.intercept_)))
+        for part, posterior, leverage, sandwich in self._variances(X):
+            variance = 1.0 + (leverage if std == "bayes" else sandwich)
+            deviation[part, posterior.targets] = posterior.noise[None, :] * np.sqrt(variance)
+        return out, deviation[:, 0] if self._is_flat else deviation
+
+    def leverage(self, X: np.ndarray) -> np.ndarray:
+        """float64[N, T], how far X [N, H] is from the training rows; divided by their own mean leverage.
+
+        1 is typical; above 3 (a usual rule: Belsley, Kuh & Welsch, 1980) the head extrapolates.
+        """
+        self._check_fitted()
+        X = self._checked(X)
+        out = np.empty((len(X), len(self.intercept_)))
+        for part, posterior, leverage, _ in self._variances(X):
+            out[part, posterior.targets] = leverage / posterior.typical[None, :]
         return out
 
-    def score(self, X: np.ndarray, Y: np.ndarray, sample_weight: np.ndarray | None = None) -> float:
-        """Mean of R2 over the objectives whose labels vary, each on the rows that have the label; NaN if none does."""
-        Y = np.asarray(Y, np.float64).reshape(len(X), -1)
-        weight = np.ones(len(Y)) if sample_weight is None else np.asarray(sample_weight, np.float64)
-        predicted, scores = self.predict(X), []
-        for column in range(Y.shape[1]):
-            seen = ~np.isnan(Y[:, column])
-            if not weight[seen].any():
-                continue
-            y, w = Y[seen, column], weight[seen]
-            spread = np.sum(w * (y - np.average(y, weights=w)) ** 2)
-            if spread > 0:
-                scores.append(1.0 - np.sum(w * (y - predicted[seen, column]) ** 2) / spread)
-        return float(np.mean(scores)) if scores else float("nan")
+    def out_of_domain(self, X: np.ndarray, above: float = 3.0) -> np.ndarray:
+        """bool[N, T]: whether the leverage is more than `above` times that of a typical training row."""
+        return self.leverage(X) > above
 
-    def _check_fitted(self) -> None:
-        if not hasattr(self, "coef_"):
-            raise ValueError("this RidgeHead is not fitted yet: call fit, fit_store or fit_stream, or load one")
+    def _variances(self, X: np.ndarray) -> Iterator[tuple[Any, ...]]:
+        if not self.posteriors_:
+            raise ValueError("this head was saved without its uncertainty; save it with uncertainty=True")
+        for start in range(0, len(X), PREDICT_ROWS):
+            rows = np.arange(start, min(start + PREDICT_ROWS, len(X)))
+            for posterior in self.posteriors_:
+                yield rows[:, None], posterior, *posterior.variances(X[rows])
+
+    @property
+    def _is_flat(self) -> bool:
+        return getattr(self, "_flat", False) and len(self.intercept_) == 1
+
+    def _checked(self, X: np.ndarray) -> np.ndarray:
+        if hasattr(X, "tocsr"):
+            raise TypeError("X is a sparse matrix; RidgeHead takes dense arrays: X.toarray()")
+        X = np.asarray(X)
+        if X.ndim != 2:
+            raise DataError(f"X is {X.ndim}-dimensional, {X.shape}; it must be [N, H]. Reshape your data")
+        if X.shape[1] != self.n_features_in_:
+            raise DataError(
+                f"X has {X.shape[1]} features, but RidgeHead is expecting {self.n_features_in_} features as input: "
+                f"this head was fitted on [N, {self.n_features_in_}]"
+            )
+        if X.dtype.kind not in "fiub" and X.dtype.name != "bfloat16":
+            X = X.astype(np.float64)
+        if not np.isfinite(X if X.dtype.kind in "fiub" else X.astype(np.float32)).all():
+            raise DataError("X holds NaN or infinity; embeddings must be finite")
+        return X
+
+    def score(self, X: np.ndarray, y: np.ndarray, sample_weight: np.ndarray | None = None) -> float:
+        """Mean of R2 over the objectives whose labels vary, each on the rows that have the label; NaN if none does."""
+        labels = np.asarray(y, np.float64).reshape(len(X), -1)
+        predicted = np.asarray(self.predict(X)).reshape(len(labels), -1)
+        return head_tables.mean_r2(predicted, labels, sample_weight)
+
+    def intervals(self, samples: int = 1000, seed: int = 0, level: float = 0.95) -> dict[str, Any]:
+        """Objective -> `evaluation.correlation.Metrics` of the held-out predictions, with bootstrap intervals.
+
+        Whole groups are resampled. Needs `cv_predictions_`.
+        """
+        self._check_fitted()
+        return head_tables.intervals(self, samples, seed, level)
+
+    def summary(self) -> TextTable:
+        """A table, a line an objective, notes in its caption: rich and notebooks draw it, `print` shows its text."""
+        self._check_fitted()
+        return head_tables.summary(self)
 
     # ---- keeping ----
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """ "ridge.coef" float32[T, H], "ridge.intercept" float64[T], "ridge.alpha" float64[T]."""
         self._check_fitted()
-        return {"ridge.coef": self.coef_, "ridge.intercept": self.intercept_, "ridge.alpha": self.alpha_}
+        return head_files.to_arrays(self)
 
     def metadata(self) -> dict[str, Any]:
         """What a head is worth and where it comes from, as plain JSON values (None where not known)."""
         self._check_fitted()
-        params = self.get_params()
-        if not isinstance(self.alphas, str):
-            params["alphas"] = np.atleast_1d(self.alphas).tolist()
-        params = {key: value.item() if isinstance(value, np.generic) else value for key, value in params.items()}
-        return {
-            "format": "multitap-ridge",
-            "version": 1,
-            "objectives": list(self.objective_names_),
-            "alpha": self.alpha_.tolist(),
-            "criterion": self.criterion_,
-            "r2": [None if np.isnan(value) else float(value) for value in self.r2_],
-            "tau": [None if np.isnan(value) else float(value) for value in self.tau_],
-            "rows": self.n_rows_,
-            "observed": self.n_observed_.tolist(),
-            "notes": list(self.notes_),
-            "params": params,
-        }
+        return head_files.metadata(self)
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> "RidgeHead":
-        """The head that `to_arrays` and `metadata` describe; other arrays are left alone.
+        """The head that `to_arrays` and `metadata` describe.
 
         Raises:
           DataError: listing every missing or mis-shaped array.
         """
-        if (metadata.get("format"), metadata.get("version")) != ("multitap-ridge", 1):
-            raise DataError(
-                f"metadata of format {metadata.get('format')!r} {metadata.get('version')!r}, not a ridge head"
-            )
-        names = tuple(metadata["objectives"])
-        coef = arrays.get("ridge.coef")
-        hidden = coef.shape[-1] if coef is not None and coef.ndim else "H"
-        wanted = {"ridge.coef": (len(names), hidden), "ridge.intercept": (len(names),), "ridge.alpha": (len(names),)}
-        problems = [
-            f"  {key}: {arrays[key].shape if key in arrays else 'missing'}, expected {shape}"
-            for key, shape in wanted.items()
-            if key not in arrays or arrays[key].shape != shape or not np.isfinite(arrays[key]).all()
-        ]
-        if problems:
-            raise DataError("not a ridge head of these objectives (or not finite):\n" + "\n".join(problems))
+        head_files.check_format(metadata)
         head = cls(**metadata["params"])
-        head.coef_ = np.asarray(arrays["ridge.coef"], np.float32)
-        head.intercept_ = np.asarray(arrays["ridge.intercept"], np.float64)
-        head.alpha_ = np.asarray(arrays["ridge.alpha"], np.float64)
-        head.objective_names_, head.n_features_in_ = names, head.coef_.shape[1]
-        head.n_rows_, head.n_observed_ = metadata["rows"], np.asarray(metadata["observed"])
-        head.r2_, head.tau_ = (np.array(metadata[key], np.float64) for key in ("r2", "tau"))  # None becomes NaN
-        head.criterion_, head.notes_ = metadata["criterion"], list(metadata["notes"])
+        head_files.fill(head, arrays, metadata)
         return head
 
-    def save(self, path: str | Path) -> Path:
-        """Writes PATH.safetensors with its PATH.json, or ridge.safetensors and ridge.json in the folder PATH."""
-        file = _head_file(Path(path))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        arrays = {key: np.ascontiguousarray(value) for key, value in self.to_arrays().items()}
-        write_atomic(file.with_suffix(".json"), json.dumps(self.metadata(), indent=1).encode())
-        write_atomic(file, safetensors.numpy.save(arrays))
-        return file
+    def save(self, path: str | Path, uncertainty: bool = False) -> Path:
+        """Writes PATH.safetensors with its PATH.json, or ridge.safetensors and ridge.json in the folder PATH.
+
+        `uncertainty` also keeps what `return_std` and `leverage` need: H^2 numbers for each set of training rows.
+        """
+        self._check_fitted()
+        return head_files.save(self, Path(path), uncertainty)
 
     @classmethod
     def load(cls, path: str | Path) -> "RidgeHead":
@@ -280,36 +439,4 @@ class RidgeHead:
         Raises:
           DataError: for a missing or damaged file.
         """
-        file = _head_file(Path(path))
-        try:
-            arrays = safetensors.numpy.load(file.read_bytes())
-            metadata = json.loads(file.with_suffix(".json").read_text("utf-8"))
-            return cls.from_arrays(arrays, metadata)
-        except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-            raise DataError(f"{file}: not a saved RidgeHead: {error}") from error
-
-    def summary(self) -> TextTable:
-        """A table, a line an objective, notes in its caption: rich and notebooks draw it, `print` shows its text."""
-        self._check_fitted()
-        heads = f"{len(self.alpha_)} ridge head{'s' * (len(self.alpha_) != 1)}"
-        table = TextTable(title=f"{heads} on {self.n_rows_:,} rows, alpha by {self.criterion_}")
-        for heading in ("objective", "rated", "alpha", "R2", "tau"):
-            table.add_column(heading, justify="left" if heading == "objective" else "right")
-        for name, *values in zip(
-            self.objective_names_, self.n_observed_, self.alpha_, self.r2_, self.tau_, strict=True
-        ):
-            observed, alpha, r2, tau = values
-            cells = ("-" if np.isnan(value) else f"{value:.3f}" for value in (r2, tau))
-            table.add_row(Text(name), f"{observed:,}", f"{alpha:.3g}", *cells)
-        notes = list(self.notes_)
-        if np.isnan(self.tau_).all():
-            why = "the rows were read only once; fit embeddings that are on disk (--embeddings) to have it"
-            notes.append(
-                f"tau: {why if self.criterion_ == 'kfold' else f'not known, since {self.criterion_} holds no rows out'}"
-            )
-        table.caption = Text("\n".join(notes)) if notes else None
-        return table
-
-
-def _head_file(path: Path) -> Path:
-    return path if path.suffix == ".safetensors" else path / "ridge.safetensors"
+        return cls.from_arrays(*head_files.read(Path(path)))

@@ -1,35 +1,42 @@
-"""Mergeable second moments of (embedding, labels): all a ridge regression needs, in memory independent of the rows.
+"""Mergeable second moments of (embedding, labels) on the device: all a ridge regression needs, whatever the rows.
 
-Each row is written once as the augmented vector  a = sqrt(w) * [x - s | 1 | y - t]  of width E = H + 1 + T, and one
-matrix product a chunk, sum of a a^T, holds the weight, the means, the covariance, the cross moments with the labels and
-the labels' own moments together. Two traps of float32 are met here (the figures are ours, n = 20k, H = 1024):
+`Moments` is one bucket; the accumulator keeps one for each fold, set of rated objectives and source, in a dict, which
+JAX sees as one pytree. A chunk of rows is written once as  A = sqrt(w) [x - s | 1 | y - t]  and costs one product
+A^T A (see statistics.py). Two traps of float32 are met here (measured with n = 20k, H = 1024):
 
   shift        outlier dimensions of a language model have means 100 times their deviation; without the shift
                `s` the products lose 4 digits to them. The mean of about a thousand rows is near enough to `s`.
   float-float  a running float32 sum over millions of rows drifts; the sum is kept as hi + lo with the exact TwoSum of
                Knuth (TAOCP 4.2.2), 48 bits in all, and needs no 64-bit mode of JAX.
 
-Rows fall into buckets, the folds of cross-validation: sums of buckets give every training set.
+The product is symmetric, so only half is computed, in a layout without special cases: of K slabs of e columns, slab p
+is multiplied with the slabs p, p+1, ..., p + K//2 (mod K). For odd K every pair is met once, as in a triangle of
+blocks, yet all slabs are alike: an array [K, e, (K//2 + 1) e], which a mesh can split by its first axis.
 """
 
 import functools
-from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
+
+from multitap_jax.files import write_atomic
+from multitap_jax.stage2.statistics import Statistics
 
 Array = jax.Array | np.ndarray
+MANY_FEATURES = 3000  # from here on five slabs are faster than three
 
 
 class Moments(NamedTuple):
     """A pytree of running sums.
 
     Attributes:
-      hi: float32[buckets, E, E], leading part of the sum of a a^T.
-      lo: float32[buckets, E, E], what `hi` could not hold.
-      num_rows: int32[buckets], rows of positive weight.
+      hi: float32[K, e, (K//2 + 1) e], leading part of the slabs of the sum of a a^T.
+      lo: the same shape, what `hi` could not hold.
+      num_rows: int32 scalar, rows of positive weight.
       shift: float32[H], s.
       label_shift: float32[T], t.
     """
@@ -41,45 +48,26 @@ class Moments(NamedTuple):
     label_shift: jax.Array
 
 
-class Statistics(NamedTuple):
-    """The same sums for one set of rows, on the host in float64, about an origin of one's choice.
+def slab_shape(width: int, slabs: int) -> tuple[int, int, int]:
+    """Shape of `Moments.hi` for `width` = E columns, padded to a multiple of `slabs`."""
+    size = -(-width // slabs)
+    return slabs, size, (slabs // 2 + 1) * size
 
-    Attributes:
-      gram: float64[E, E], sum of a a^T with a = sqrt(w) [x - shift | 1 | y - label_shift].
-      num_rows: rows of positive weight.
-      shift: float64[H].
-      label_shift: float64[T].
+
+def init(
+    num_features: int, num_objectives: int, shift: Array, label_shift: Array, *, slabs: int | None = None
+) -> Moments:
+    """Empty moments; `shift` [H] and `label_shift` [T] are rough means (see the module).
+
+    Raises:
+      ValueError: shifts of another length.
     """
-
-    gram: np.ndarray
-    num_rows: int
-    shift: np.ndarray
-    label_shift: np.ndarray
-
-    @property
-    def weight(self) -> float:
-        """Sum of the sample weights."""
-        return float(self.gram[len(self.shift), len(self.shift)])
-
-    @property
-    def mean(self) -> np.ndarray:
-        """float64[H], weighted mean of x."""
-        return self.shift + self.gram[len(self.shift), : len(self.shift)] / self.weight
-
-    @property
-    def label_mean(self) -> np.ndarray:
-        """float64[T], weighted mean of y."""
-        return self.label_shift + self.gram[len(self.shift), len(self.shift) + 1 :] / self.weight
-
-
-def init(num_features: int, num_objectives: int, buckets: int, shift: Array, label_shift: Array) -> Moments:
-    """Empty moments; `shift` [H] and `label_shift` [T] are rough means (see the module)."""
     shift, label_shift = jnp.asarray(shift, jnp.float32), jnp.asarray(label_shift, jnp.float32)
     if shift.shape != (num_features,) or label_shift.shape != (num_objectives,):
         raise ValueError(f"shifts {shift.shape}, {label_shift.shape}; expected {(num_features,)}, {(num_objectives,)}")
-    width = num_features + 1 + num_objectives
-    empty = jnp.zeros((buckets, width, width), jnp.float32)
-    return Moments(empty, empty.copy(), jnp.zeros(buckets, jnp.int32), shift, label_shift)
+    slabs = slabs or (5 if num_features >= MANY_FEATURES else 3)
+    empty = jnp.zeros(slab_shape(num_features + 1 + num_objectives, slabs), jnp.float32)
+    return Moments(empty, empty.copy(), jnp.zeros((), jnp.int32), shift, label_shift)
 
 
 def _two_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -89,87 +77,110 @@ def _two_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     return total, (a - (total - rest)) + (b - rest)
 
 
-def _add(hi: jax.Array, lo: jax.Array, more_hi: jax.Array, more_lo: jax.Array) -> tuple[jax.Array, jax.Array]:
+def add_pairs(
+    hi: jax.Array, lo: jax.Array, more_hi: jax.Array, more_lo: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """(hi, lo) + (more_hi, more_lo) in float-float."""
     total, error = _two_sum(hi, more_hi)
-    return _two_sum(total, error + lo + more_lo)
+    return _two_sum(total, error + lo if more_lo is None else error + lo + more_lo)
+
+
+def augmented(moments: Moments, x: Array, y: Array, weight: Array, columns: int) -> jax.Array:
+    """A float32[n, columns]: sqrt(w) [x - s | 1 | y - t | 0 ...], with 0 for a missing label."""
+    root = jnp.sqrt(weight)[:, None]
+    labels = jnp.where(jnp.isnan(y), 0.0, y - moments.label_shift[None, :])
+    parts = [(x.astype(jnp.float32) - moments.shift[None, :]) * root, root, labels * root]
+    spare = columns - sum(part.shape[1] for part in parts)
+    return jnp.concatenate([*parts, jnp.zeros((len(root), spare), jnp.float32)], axis=1)
+
+
+def slab_products(row: jax.Array, first: Array | int, slabs: int, shape: tuple[int, ...]) -> jax.Array:
+    """The products of `slabs` slabs from `first` on: float32[slabs, e, (K//2 + 1) e], of `row` [n, K e]."""
+    _, size, reach = shape
+    row = jnp.concatenate([row, row[:, : reach - size]], axis=1)
+    row = jax.lax.optimization_barrier(row)  # written once, not recomputed in every product
+
+    def product(slab: int) -> jax.Array:
+        start = (first + slab) * size
+        left = jax.lax.dynamic_slice_in_dim(row, start, size, axis=1)
+        right = jax.lax.dynamic_slice_in_dim(row, start, reach, axis=1)
+        # HIGHEST by name: the default of an accelerator is bfloat16 or TF32, which loses the digits kept below.
+        return jax.lax.dot_general(left, right, (((0,), (0,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
+
+    return jnp.stack([product(slab) for slab in range(slabs)])
 
 
 @functools.partial(jax.jit, donate_argnames="moments")
-def update(moments: Moments, x: Array, y: Array, weight: Array, bucket: Array | int) -> Moments:
-    """Adds a chunk of n rows to one bucket. The moments passed in are consumed (their buffers are reused).
+def update(moments: Moments, x: Array, y: Array, weight: Array) -> Moments:
+    """Adds a chunk of n rows. The moments passed in are consumed (their buffers are reused).
 
     Args:
       moments: the sums so far.
       x: [n, H] of any float type. Keep n fixed (one compilation) and between 256 and 2048 (rounding grows with n).
       y: float32[n, T]; NaN counts as absent, and the sums that involve it are meaningless in this bucket.
       weight: float32[n], >= 0; rows of weight 0 are padding.
-      bucket: int32 scalar.
     """
-    root = jnp.sqrt(weight)[:, None]
-    labels = y - moments.label_shift[None, :]
-    row = jnp.concatenate(
-        [(x.astype(jnp.float32) - moments.shift[None, :]) * root, root, jnp.where(jnp.isnan(y), 0.0, labels) * root],
-        axis=1,
-    )
-    # HIGHEST by name: the default of an accelerator is bfloat16 or TF32, which loses the digits kept below.
-    gram = jax.lax.dot_general(row, row, (((0,), (0,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
-    hi, lo = _add(moments.hi[bucket], moments.lo[bucket], gram, jnp.zeros_like(gram))
-    count = jnp.sum(weight > 0, dtype=jnp.int32)
-    return moments._replace(
-        hi=moments.hi.at[bucket].set(hi),
-        lo=moments.lo.at[bucket].set(lo),
-        num_rows=moments.num_rows.at[bucket].add(count),
-    )
+    shape = moments.hi.shape
+    row = augmented(moments, x, y, weight, shape[0] * shape[1])
+    hi, lo = add_pairs(moments.hi, moments.lo, slab_products(row, 0, shape[0], shape))
+    return moments._replace(hi=hi, lo=lo, num_rows=moments.num_rows + jnp.sum(weight > 0, dtype=jnp.int32))
 
 
 @jax.jit
 def merge(a: Moments, b: Moments) -> Moments:
-    """The moments of both sets of rows. Both must have been begun with the same shifts."""
-    hi, lo = _add(a.hi, a.lo, b.hi, b.lo)
+    """The moments of both sets of rows, begun with the same shifts (else merge their `finalize`, recentred)."""
+    hi, lo = add_pairs(a.hi, a.lo, b.hi, b.lo)
     return a._replace(hi=hi, lo=lo, num_rows=a.num_rows + b.num_rows)
 
 
-def finalize(moments: Moments) -> list[Statistics]:
-    """One `Statistics` a bucket, in float64 on the host."""
+@jax.jit
+def reduce(stacked: Moments) -> Moments:
+    """The sum over a leading axis of `hi`, `lo` and `num_rows`, such as the devices of a mesh, in float-float."""
+
+    def add(carry: tuple[jax.Array, jax.Array], part: tuple[jax.Array, jax.Array]):
+        return add_pairs(*carry, *part), None
+
+    (hi, lo), _ = jax.lax.scan(add, (stacked.hi[0], stacked.lo[0]), (stacked.hi[1:], stacked.lo[1:]))
+    return stacked._replace(hi=hi, lo=lo, num_rows=stacked.num_rows.sum(dtype=jnp.int32))
+
+
+def unpack(slabs: np.ndarray, width: int) -> np.ndarray:
+    """The symmetric matrix [width, width] of slabs [K, e, (K//2 + 1) e]."""
+    count, size, _ = slabs.shape
+    full = np.empty((count * size, count * size), slabs.dtype)
+    for p in range(count):
+        for step in range(count // 2 + 1):
+            q = (p + step) % count
+            block = slabs[p, :, step * size : (step + 1) * size]
+            full[q * size : (q + 1) * size, p * size : (p + 1) * size] = block.T
+            full[p * size : (p + 1) * size, q * size : (q + 1) * size] = block
+    return full[:width, :width]
+
+
+def pack(full: np.ndarray, slabs: int = 3) -> np.ndarray:
+    """The slabs of a symmetric matrix: what `unpack` undoes."""
+    count, size, reach = slab_shape(len(full), slabs)
+    spare = count * size - len(full)
+    padded = np.pad(full, ((0, spare), (0, spare)))
+    padded = np.concatenate([padded, padded[:, : reach - size]], axis=1)
+    return np.stack([padded[p * size : (p + 1) * size, p * size : p * size + reach] for p in range(count)])
+
+
+def finalize(moments: Moments) -> Statistics:
+    """The sums in float64 on the host."""
     shift, label_shift = np.asarray(moments.shift, np.float64), np.asarray(moments.label_shift, np.float64)
-    return [
-        Statistics(np.asarray(hi, np.float64) + np.asarray(lo, np.float64), int(count), shift, label_shift)
-        for hi, lo, count in zip(moments.hi, moments.lo, moments.num_rows, strict=True)
-    ]
+    slabs = np.asarray(moments.hi, np.float64)
+    slabs += np.asarray(moments.lo)
+    return Statistics(unpack(slabs, len(shift) + 1 + len(label_shift)), int(moments.num_rows), shift, label_shift)
 
 
-def from_rows(x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> Statistics:
-    """Statistics of x [n, H], y [n, T], weight [n] directly in float64, about the origin."""
-    root = np.sqrt(weight)[:, None]
-    row = np.concatenate([x * root, root, y * root], axis=1, dtype=np.float64)
-    return Statistics(row.T @ row, int((weight > 0).sum()), np.zeros(x.shape[1]), np.zeros(y.shape[1]))
+def save(path: str | Path, moments: Moments) -> None:
+    """Writes moments to a safetensors file, bit for bit."""
+    arrays = {name: np.array(value, order="C") for name, value in moments._asdict().items()}
+    write_atomic(Path(path), safetensors.numpy.save(arrays, {"format": "multitap-moments"}))
 
 
-def combine(parts: Sequence[Statistics]) -> Statistics:
-    """The statistics of the union of disjoint sets of rows about one common origin."""
-    gram = functools.reduce(np.add, [part.gram for part in parts])
-    return parts[0]._replace(gram=gram, num_rows=sum(part.num_rows for part in parts))
-
-
-def subtract(total: Statistics, part: Statistics) -> Statistics:
-    """The statistics of the rows of `total` that are not in `part`."""
-    return total._replace(gram=total.gram - part.gram, num_rows=total.num_rows - part.num_rows)
-
-
-def select(stats: Statistics, targets: np.ndarray) -> Statistics:
-    """The statistics with only the objectives `targets` (indices)."""
-    features = len(stats.shift)
-    keep = np.concatenate([np.arange(features + 1), features + 1 + targets])
-    return stats._replace(gram=stats.gram[np.ix_(keep, keep)], label_shift=stats.label_shift[targets])
-
-
-def recentre(stats: Statistics, shift: np.ndarray, label_shift: np.ndarray) -> Statistics:
-    """The same rows about another origin, without the rows.
-
-    A row moves by r * delta with r = sqrt(w) and delta = old origin - new origin, so with u = sum of r a (a column of
-    the Gram) the Gram moves by  delta u^T + u delta^T + (sum of w) delta delta^T.
-    """
-    delta = np.concatenate([stats.shift - shift, [0.0], stats.label_shift - label_shift])
-    sums = stats.gram[len(stats.shift)]
-    moved = stats.gram + np.outer(delta, sums) + np.outer(sums + stats.weight * delta, delta)
-    return stats._replace(gram=moved, shift=shift, label_shift=label_shift)
+def load(path: str | Path) -> Moments:
+    """Reads what `save` wrote."""
+    arrays = safetensors.numpy.load(Path(path).read_bytes())
+    return Moments(**{name: jnp.asarray(arrays[name]) for name in Moments._fields})

@@ -1,21 +1,15 @@
 """Full precision: takes what float32 products left in the coefficients out again, by passes over the rows."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
+from multitap_jax.stage2.rows import Rows
+from multitap_jax.stage2.sharded import sum_over_processes
+
 TOLERANCE = 1e-7  # error of the predictions, in standard deviations of the labels
 MAX_PASSES = 20
-
-
-class Rows(NamedTuple):
-    """A batch of checked rows: x [n, H], y [n, T] with NaN for missing, weight float64[n], fold int[n]."""
-
-    x: np.ndarray
-    y: np.ndarray
-    weight: np.ndarray
-    fold: np.ndarray
 
 
 class Refined(NamedTuple):
@@ -32,54 +26,69 @@ def refine(
     coef: np.ndarray,
     alpha: np.ndarray,
     mean: np.ndarray,
+    scale: np.ndarray,
     label_mean: np.ndarray,
     label_energy: np.ndarray,
+    targets: np.ndarray,
+    source_weights: Mapping[str, float],
+    shared: bool = False,
 ) -> Refined:
     """Conjugate gradients on the normal equations of the rows themselves, in float64.
 
     The solution of the float32 statistics is the start and their inverse the preconditioner, so one to three passes
     (4 N H T operations each) do. Plain iterative refinement costs the same but diverges where alpha is below the
-    error of the Gram. Hestenes & Stiefel (1952), all objectives side by side.
+    error of the Gram. Hestenes & Stiefel (1952), all objectives side by side. With several processes each reads its
+    own rows, and the sums are added up.
 
     Args:
       replay: gives the rows anew at each call.
       precondition: [T, H] -> [T, H], the approximate inverse of S + alpha.
-      coef: float64[T, H], the start.
+      coef: float64[T, H] of x / scale, the start.
       alpha: float64[T].
-      mean: float64[T, H], origin of x an objective.
+      mean, scale: float64[T, H], origin and unit of x / scale an objective.
       label_mean: float64[T].
       label_energy: float64[T], sum w (y - label_mean)^2; 0 leaves an objective as it is.
+      targets: int[T], columns of the labels.
+      source_weights: by which a source's sample weights are multiplied.
+      shared: whether other processes hold other rows of the same fit.
     """
     active, offset_of = label_energy > 0, lambda direction: np.sum(mean * direction, axis=1)[None, :]
 
-    def gather(value_of: Callable[[Rows, np.ndarray], np.ndarray]) -> np.ndarray:
-        """sum w (x - mean) value over the rows in which the objective is observed: [T, H]."""
+    def gather(value_of: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+        """sum w (x / scale - mean) value(y, x) over the rows in which the objective is observed: [T, H]."""
         out = np.zeros_like(coef)
         for rows in replay():
-            x = rows.x.astype(np.float64)
-            value = value_of(rows, x) * rows.weight[:, None] * ~np.isnan(rows.y)
-            out += value.T @ x - value.sum(0)[:, None] * mean
-        return np.where(active[:, None], out, 0.0)
+            x, y = rows.x.astype(np.float64), rows.y[:, targets]
+            value = value_of(y, x) * weights_of(rows, source_weights)[:, None] * ~np.isnan(y)
+            out += (value.T @ x) / scale - value.sum(0)[:, None] * mean
+        return np.where(active[:, None], sum_over_processes(out, shared), 0.0)
 
     start = coef
     residual = (
-        gather(lambda rows, x: np.nan_to_num(rows.y) - label_mean[None, :] - (x @ start.T - offset_of(start)))
+        gather(lambda y, x: np.nan_to_num(y) - label_mean[None, :] - (x @ (start / scale).T - offset_of(start)))
         - np.where(active, alpha, 0.0)[:, None] * coef
     )
     direction, previous = np.zeros_like(coef), np.full(len(coef), np.inf)
     for passes in range(1, MAX_PASSES + 1):
         step = precondition(residual)
-        decrease = np.sum(
-            residual * step, axis=1
-        )  # squared distance to the solution, as the preconditioner measures it
+        # squared distance to the solution, as the preconditioner measures it
+        decrease = np.sum(residual * step, axis=1)
         error = np.sqrt(decrease / np.where(active, label_energy, 1.0))
         if passes == MAX_PASSES or error.max() <= TOLERANCE:
             break
         direction = step + (decrease / previous)[:, None] * direction
         current = direction
-        product = gather(lambda _, x: x @ current.T - offset_of(current)) + alpha[:, None] * direction  # noqa: B023
+        product = gather(lambda _, x: x @ (current / scale).T - offset_of(current))  # noqa: B023
+        product += alpha[:, None] * direction
         curvature = np.sum(direction * product, axis=1)
         length = np.where(curvature > 0, decrease, 0.0) / np.where(curvature > 0, curvature, 1.0)
         coef, residual = coef + length[:, None] * direction, residual - length[:, None] * product
         previous = np.where(decrease > 0, decrease, 1.0)
     return Refined(coef, passes, error)
+
+
+def weights_of(rows: Rows, source_weights: Mapping[str, float]) -> np.ndarray:
+    """Sample weights float64[n] times those of the sources."""
+    if not source_weights:
+        return rows.weight
+    return rows.weight * np.array([source_weights.get(source, 1.0) for source in rows.source.tolist()])

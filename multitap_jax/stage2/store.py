@@ -15,7 +15,10 @@ is simply written again.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +27,15 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from multitap_jax.files import write_atomic
+from multitap_jax.stage2.storage import Folder, open_folder
 
 FORMAT = "multitap-embeddings"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(jnp.bfloat16)}
 _STORED = {"F32": np.dtype(np.float32), "BF16": np.dtype(jnp.bfloat16)}
+
+Shard = tuple[np.ndarray, np.ndarray, list[str]]
 
 
 class StoreError(ValueError):
@@ -42,12 +47,12 @@ def shard_name(index: int) -> str:
     return f"embeddings-{index:05d}.safetensors"
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    if not path.is_file():
+def _read_manifest(folder: Folder) -> dict[str, Any]:
+    path = f"{folder}/{MANIFEST}"
+    if not folder.exists(MANIFEST):
         raise StoreError(f"{path}: no such file; an embedding store is a folder that EmbeddingWriter has written")
     try:
-        manifest = json.loads(path.read_text("utf-8"))
+        manifest = json.loads(folder.read(MANIFEST))
         found = (manifest["format"], manifest["version"])
     except (ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{path}: not a manifest of an embedding store ({error}); write the store anew") from error
@@ -66,7 +71,7 @@ class EmbeddingWriter:
     exactly as a kill would.
 
     Args:
-      folder: made if absent; must hold no store yet (`open_or_resume` continues one).
+      folder: a path, or a URL that fsspec knows; made if absent; must hold no store yet (`open_or_resume` goes on).
       hidden_size: H.
       objectives: names of the T label columns; may be empty.
       model_hash: identity of the weights and preprocessing that make the embeddings.
@@ -91,12 +96,12 @@ class EmbeddingWriter:
         dtype: str = "float32",
         fingerprint: str = "",
     ) -> None:
-        self._folder = Path(folder)
+        self._folder = open_folder(folder)
         if dtype not in _DTYPES:
             raise StoreError(f"dtype={dtype!r}: an embedding store holds one of {', '.join(_DTYPES)}")
         if hidden_size < 1 or shard_rows < 1 or len(set(objectives)) != len(objectives):
             raise StoreError(f"{hidden_size=}, {shard_rows=} must be positive and objectives unique: {objectives}")
-        if (self._folder / MANIFEST).exists():
+        if self._folder.exists(MANIFEST):
             raise StoreError(f"{self._folder} holds a store already; continue it with EmbeddingWriter.open_or_resume")
         self._start(
             {
@@ -114,7 +119,7 @@ class EmbeddingWriter:
             },
             shard_rows,
         )
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder.make()
         self._write_manifest()
 
     def _start(self, manifest: dict[str, Any], shard_rows: int) -> None:
@@ -132,12 +137,12 @@ class EmbeddingWriter:
         Raises:
           StoreError: if the store was begun with another model, other objectives or other records.
         """
-        path = Path(folder) / MANIFEST
-        if not path.exists():
+        where = open_folder(folder)
+        if not where.exists(MANIFEST):
             return cls(folder, **arguments)
         if arguments.get("shard_rows", 1) < 1:
             raise StoreError(f"shard_rows={arguments['shard_rows']}: a shard has at least one row")
-        manifest = _read_manifest(Path(folder))
+        manifest = _read_manifest(where)
         wanted = {"total": None, "dtype": "float32", "fingerprint": "", **arguments}
         wanted["objectives"] = list(wanted["objectives"])
         shard_rows = wanted.pop("shard_rows", 4096)
@@ -148,11 +153,11 @@ class EmbeddingWriter:
         ]
         if differences:
             raise StoreError(
-                f"{path}: cannot be continued by this run:\n" + "\n".join(differences) + "\n"
+                f"{where}/{MANIFEST}: cannot be continued by this run:\n" + "\n".join(differences) + "\n"
                 "write into another folder, or repeat the settings the store was begun with"
             )
         writer = cls.__new__(cls)
-        writer._folder = Path(folder)
+        writer._folder = where
         writer._start(manifest, shard_rows)
         return writer
 
@@ -211,7 +216,7 @@ class EmbeddingWriter:
             metadata={"ids": json.dumps(self._ids[:rows]), "groups": json.dumps(self._groups[:rows])},
         )
         name = shard_name(len(self._manifest["shards"]))
-        write_atomic(self._folder / name, data)
+        self._folder.write(name, data)
         self._manifest["shards"].append({"file": name, "rows": rows, "sha256": hashlib.sha256(data).hexdigest()})
         self._manifest["rows"] += rows
         self._manifest["complete"] = self._manifest["rows"] == self._manifest["total"]
@@ -220,7 +225,7 @@ class EmbeddingWriter:
         del self._ids[:rows], self._groups[:rows]
 
     def _write_manifest(self) -> None:
-        write_atomic(self._folder / MANIFEST, json.dumps(self._manifest, indent=1).encode())
+        self._folder.write(MANIFEST, json.dumps(self._manifest, indent=1).encode())
 
     def close(self) -> None:
         """Commits the rows at hand; a store of unknown total is thereby finished. May be called again."""
@@ -242,17 +247,22 @@ class EmbeddingStore:
     """Reads a store shard by shard, in the order the rows were written.
 
     Args:
-      folder: what `EmbeddingWriter` wrote.
+      folder: path or URL of what `EmbeddingWriter` wrote.
       verify: check each shard against its SHA-256 the first time it is read.
       allow_partial: accept a store that is still being written.
+      model_hash: of the model whose embeddings are expected; None: any.
 
     Raises:
-      StoreError: if there is no store, or it is unfinished. Reading raises it for a missing or damaged shard.
+      StoreError: if there is no store, it is unfinished, or another model's. Reading raises it for a missing or damaged
+        shard.
     """
 
-    def __init__(self, folder: str | Path, *, verify: bool = True, allow_partial: bool = False) -> None:
-        self.folder = Path(folder)
-        self._manifest = _read_manifest(self.folder)
+    def __init__(
+        self, folder: str | Path, *, verify: bool = True, allow_partial: bool = False, model_hash: str | None = None
+    ) -> None:
+        self.folder = str(folder)
+        self._folder = open_folder(folder)
+        self._manifest = _read_manifest(self._folder)
         self._unverified = set(range(len(self._manifest["shards"]))) if verify else set()
         if not self._manifest["complete"] and not allow_partial:
             raise StoreError(
@@ -262,6 +272,11 @@ class EmbeddingStore:
         self.objectives: tuple[str, ...] = tuple(self._manifest["objectives"])
         self.hidden_size: int = self._manifest["hidden_size"]
         self.model_hash: str = self._manifest["model_hash"]
+        if model_hash is not None and model_hash != self.model_hash:
+            raise StoreError(
+                f"{self.folder}: made by the model {self.model_hash[:12]}, but embeddings of {model_hash[:12]} are "
+                "expected; embeddings of two models do not mix: embed again with this one"
+            )
         self.fingerprint: str = self._manifest["fingerprint"]
 
     @property
@@ -274,15 +289,25 @@ class EmbeddingStore:
         """The N record ids in order (reads the headers of all shards)."""
         ids: list[str] = []
         for index in range(len(self._manifest["shards"])):
-            path = self._path(index)
-            with safetensors.safe_open(path, "numpy") as file:
-                ids += json.loads(file.metadata()["ids"])
+            name = self._name(index)
+            size = int.from_bytes(self._folder.read(name, 8), "little")
+            ids += json.loads(json.loads(self._folder.read(name, 8 + size)[8:])["__metadata__"]["ids"])
         return ids
 
-    def batches(self, rows: int = 2048) -> Iterator[tuple[np.ndarray, np.ndarray, list[str]]]:
-        """Yields (X float32[n, H], Y float32[n, T] with NaN for missing, n groups), n <= rows, in order."""
-        for index in range(len(self._manifest["shards"])):
-            x, y, groups = self._shard(index)
+    def batches(
+        self, rows: int = 2048, *, read_ahead: int | None = None, share: tuple[int, int] = (0, 1)
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, list[str]]]:
+        """Yields (X float32[n, H], Y float32[n, T] with NaN for missing, n groups), n <= rows, in order.
+
+        Args:
+          rows: largest n.
+          read_ahead: shards that a thread reads while earlier ones are used; None: 2, or 0 on a machine of one or two
+            cores, where the thread only takes time from the sums.
+          share: (p, P): only every P-th shard, from p on.
+        """
+        indices = range(share[0], len(self._manifest["shards"]), share[1])
+        ahead = (2 if (os.cpu_count() or 1) > 2 else 0) if read_ahead is None else read_ahead
+        for x, y, groups in _ahead(self._shard, indices, ahead):
             for start in range(0, len(x), rows):
                 stop = start + rows
                 yield x[start:stop].astype(np.float32), y[start:stop], groups[start:stop]
@@ -298,15 +323,17 @@ class EmbeddingStore:
             groups += part_groups
         return x, y, groups
 
-    def _path(self, index: int) -> Path:
-        path = self.folder / shard_name(index)
-        if not path.is_file():
-            raise StoreError(f"{path}: missing, but {MANIFEST} counts it; restore it or write the store anew")
-        return path
+    def _name(self, index: int) -> str:
+        name = shard_name(index)
+        if not self._folder.exists(name):
+            raise StoreError(
+                f"{self.folder}/{name}: missing, but {MANIFEST} counts it; restore it or write the store anew"
+            )
+        return name
 
     def _shard(self, index: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        path, entry = self._path(index), self._manifest["shards"][index]
-        data = path.read_bytes()
+        name, entry = self._name(index), self._manifest["shards"][index]
+        path, data = f"{self.folder}/{name}", self._folder.read(name)
         if index in self._unverified:
             found = hashlib.sha256(data).hexdigest()
             if found != entry["sha256"]:
@@ -329,6 +356,24 @@ class EmbeddingStore:
             )
         # A row without a group is its own group: its id, which no other row shares.
         return x, y, [group or f"id:{record}" for group, record in zip(groups, ids, strict=True)]
+
+
+def _ahead(read: Callable[[int], Shard], indices: Sequence[int], ahead: int) -> Iterator[Shard]:
+    """read(i) for every index, in order, with up to `ahead` of them read in advance by a thread."""
+    if not ahead:
+        yield from map(read, indices)
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="embeddings") as pool:
+        waiting = deque(pool.submit(read, index) for index in indices[:ahead])
+        try:
+            for index in [*indices[ahead:], *[None] * ahead][: len(indices)]:
+                part = waiting.popleft()
+                if index is not None:
+                    waiting.append(pool.submit(read, index))
+                yield part.result()
+        finally:
+            for part in waiting:
+                part.cancel()
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:

@@ -17,7 +17,7 @@ def define_flags(values: flags.FlagValues) -> None:
     input_flags(values, required=False)
     model_flags(values)
     flags.DEFINE_string("embeddings", None, "Folder that `embed` wrote (instead of --input).", flag_values=values)
-    flags.DEFINE_string("cv", "5", 'Number of folds, or "gcv".', flag_values=values)
+    flags.DEFINE_string("cv", "5", "Number of folds, gcv, loo or logo (one image out).", flag_values=values)
     flags.DEFINE_enum("selection", "cv", ["cv", "train-mse"], "How alpha is chosen.", flag_values=values)
     flags.DEFINE_list("alphas", [], "Candidate alphas; empty scales 20 values to the data.", flag_values=values)
 

@@ -227,3 +227,44 @@ def test_heads_from_a_store_equal_heads_from_arrays(tmp_path):
     assert stored.objective_names_ == ("safety", "clarity")
     np.testing.assert_array_equal(stored.coef_, direct.coef_)
     np.testing.assert_array_equal(stored.cv_predictions_, direct.cv_predictions_)
+
+
+def test_a_url_holds_the_same_store():
+    import fsspec
+
+    url = "memory://embeddings/run"
+    with EmbeddingWriter.open_or_resume(url, **SETTINGS) as writer:
+        write(writer, 0, 33)
+    with EmbeddingWriter.open_or_resume(url, **SETTINGS) as writer:
+        assert writer.rows_done == 33
+        write(writer, 33)
+    check(url)
+    files = fsspec.filesystem("memory")
+    files.pipe_file("/embeddings/run/embeddings-00002.safetensors", b"x" * 50)
+    with pytest.raises(StoreError, match=r"memory://embeddings/run/embeddings-00002\.safetensors: damaged"):
+        EmbeddingStore(url).load()
+    files.rm("/embeddings", recursive=True)
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2, 50])
+def test_reading_ahead_keeps_the_order(tmp_path, ahead):
+    with EmbeddingWriter(tmp_path, **SETTINGS) as writer:
+        write(writer)
+    found = EmbeddingStore(tmp_path)
+    parts = list(found.batches(4, read_ahead=ahead))
+    np.testing.assert_array_equal(np.concatenate([x for x, _, _ in parts]), rows()[1])
+    shares = [np.concatenate([x for x, _, _ in found.batches(read_ahead=ahead, share=(p, 5))]) for p in range(5)]
+    assert sorted(map(len, shares)) == [20, 20, 20, 25, 30]
+    np.testing.assert_array_equal(shares[1][:10], rows()[1][10:20])
+    path = tmp_path / "embeddings-00006.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(StoreError, match="00006"):
+        list(EmbeddingStore(tmp_path).batches(read_ahead=ahead))
+
+
+def test_embeddings_of_another_model_are_refused(tmp_path):
+    with EmbeddingWriter(tmp_path, **SETTINGS) as writer:
+        write(writer)
+    assert EmbeddingStore(tmp_path, model_hash="abc").num_rows == ROWS
+    with pytest.raises(StoreError, match="made by the model abc, but embeddings of xyz"):
+        EmbeddingStore(tmp_path, model_hash="xyz")

@@ -1,0 +1,72 @@
+"""How far float32 products can have moved the predictions: measured, not assumed.
+
+The first chunk of every bucket is multiplied again in float64 with a few random vectors, which gives the relative
+rounding error of the device's products on these very rows (it also finds a device that silently multiplies in TF32 or
+bfloat16). To first order a Gram error dG moves the coefficients by -(S + alpha)^-1 dG w; with entries of dG of
+deviation eps sqrt(G_ii G_jj) the error of the predictions follows from the spectrum, without another look at the rows.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from multitap_jax.stage2.statistics import Statistics
+
+PROBES = 4
+FLOOR = 3e-8  # no float32 product is better than this
+SAFETY = 8.0  # outlier dimensions make rounding errors less independent than the model takes them to be
+
+
+class Precision(NamedTuple):
+    """`error`: largest relative entry error of a chunk's Gram; `chunks` probed."""
+
+    error: float = FLOOR
+    chunks: int = 0
+
+    def probe(self, stats: Statistics, x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> "Precision":
+        """Compares the sums of one chunk with the chunk itself."""
+        root = np.sqrt(weight, dtype=np.float64)[:, None]
+        labels = np.where(np.isnan(y), 0.0, y - stats.label_shift[None, :])
+        parts = [x.astype(np.float64) - stats.shift[None, :], np.ones_like(root), labels]
+        row = np.concatenate(parts, axis=1) * root
+        scale = np.sqrt(np.maximum(np.diagonal(stats.gram), 0.0))
+        safe = np.where(scale > 0, scale, 1.0)
+        vectors = np.random.default_rng(0).standard_normal((len(scale), PROBES)) / safe[:, None]
+        difference = (
+            (stats.gram @ vectors - row.T @ (row @ vectors)) / safe[:, None] / np.sqrt(max((scale > 0).sum(), 1))
+        )
+        return self.joined(Precision(float(np.sqrt(np.mean(difference**2))), 1))
+
+    def joined(self, other: "Precision") -> "Precision":
+        """The worse of both."""
+        return Precision(max(self.error, other.error), self.chunks + other.chunks)
+
+
+def prediction_error(
+    precision: Precision,
+    total: Statistics,
+    values: np.ndarray,
+    coef: np.ndarray,
+    alpha: np.ndarray,
+    label_energy: np.ndarray,
+) -> np.ndarray:
+    """float64[T], expected error of the predictions, in deviations of the labels.
+
+    Args:
+      precision: what was measured.
+      total: the statistics about the origin they were summed at.
+      values: float64[H], eigenvalues of S.
+      coef: float64[T, H].
+      alpha: float64[T].
+      label_energy: float64[T], sum w (y - origin)^2; where it is 0 there is nothing to predict, and no error.
+    """
+    size = len(total.shift)
+    diagonal = np.maximum(np.diagonal(total.gram), 0.0)
+    chunks = max(total.num_rows / 2048.0, 1.0)
+    eps = SAFETY * precision.error / np.sqrt(chunks)
+    offset = (total.label_mean - total.label_shift) - coef @ (total.mean - total.shift)
+    energy = (coef**2) @ diagonal[:size] + diagonal[size + 1 :] + offset**2 * total.weight
+    # A rotation spreads the diagonal evenly over the eigenvectors, on average: trace(G) / H each.
+    spread = np.sum(values[None, :] / (values[None, :] + alpha[:, None]) ** 2, axis=1) * diagonal[:size].mean()
+    safe = np.where(label_energy > 0, label_energy, 1.0)
+    return np.where(label_energy > 0, eps * np.sqrt(energy * spread / safe), 0.0)

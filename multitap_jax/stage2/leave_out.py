@@ -1,0 +1,148 @@
+"""Exact leave-one-out and leave-one-group-out, in a second pass over the rows; no model is ever refitted.
+
+With z a centred row and H = z D z^T + 1 / (sum of w), D = (S + alpha)^-1, the residuals e of a group's rows, were the
+group held out (mean and intercept included), are  (I - H W)^-1 e,  W = diag(w) (Woodbury; for one row the classical
+e / (1 - h), Cook & Weisberg, 1982). Rows of weight 0, and rows without the label, come out as what the head that has
+not seen their group predicts. A fold is a group too, and so k-fold of few rows is done the same way.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from multitap_jax.stage2.rows import Rows, concatenate
+
+
+class Basis(NamedTuple):
+    """A fitted total, in a basis where S is diagonal.
+
+    Attributes:
+      vectors: float64[H, r]; z = (x / scale - mean) vectors.
+      mean: float64[H], origin of x / scale.   scale: float64[H].
+      values: float64[r], eigenvalues.   projected: float64[r, T].
+      label_mean: float64[T].   weight: sum of w; infinite without an intercept, which no row then moves.
+    """
+
+    vectors: np.ndarray
+    mean: np.ndarray
+    scale: np.ndarray
+    values: np.ndarray
+    projected: np.ndarray
+    label_mean: np.ndarray
+    weight: float
+
+
+def left_out(
+    z: np.ndarray, y: np.ndarray, weight: np.ndarray, basis: Basis, alphas: np.ndarray, per_column: bool = False
+) -> np.ndarray:
+    """Residuals of one group's rows, had the group been held out.
+
+    Args:
+      z: float64[m, r].   y: float64[m, T], NaN: no label.   weight: float64[m], 0 where the row is not trained on.
+      basis: the total.
+      alphas: float64[C]; with `per_column` one an objective, float64[T].
+
+    Returns: float64[C, m, T], or [m, T] with `per_column`; where there is no label, minus the prediction.
+    """
+    labels = np.where(np.isnan(y), 0.0, y - basis.label_mean[None, :])
+    base = np.where(np.isnan(y), -basis.label_mean[None, :], 0.0)
+    inverse = 1.0 / (basis.values[None, :] + alphas[:, None])
+    if per_column:
+        error = labels + base - z @ (basis.projected * inverse.T)
+        error = error.T[:, :, None]
+    else:
+        error = (labels + base)[None] - z @ (basis.projected[None] * inverse[:, :, None])
+    if len(z) == 1:
+        leverage = (inverse @ z[0] ** 2 + 1.0 / basis.weight) * weight[0]
+        out = error / (1.0 - leverage)[:, None, None]
+    else:
+        hat = (z[None] * inverse[:, None, :]) @ z.T + 1.0 / basis.weight
+        out = np.linalg.solve(np.eye(len(z))[None] - hat * weight[None, None, :], error)
+    return out[:, :, 0].T if per_column else out
+
+
+@jax.jit
+def rotate(x: jax.Array, mean: jax.Array, turn: jax.Array) -> jax.Array:
+    """(x - mean) turn, float32 products by name; x [n, H] of any float type, turn float32[H, r]."""
+    return jnp.dot(x.astype(jnp.float32) - mean[None, :], turn, precision=jax.lax.Precision.HIGHEST)
+
+
+@jax.jit
+def _single_scores(z, error, weight, inverse, share):
+    # e / (1 - w h) for every alpha at once: error [n, C, T], inverse [C, r]
+    leverage = (jnp.dot(z * z, inverse.T, precision=jax.lax.Precision.HIGHEST) + share) * weight[:, None]
+    out = error / (1.0 - leverage)[:, :, None]
+    return jnp.einsum("nct,nct,n->ct", out, out, weight, precision=jax.lax.Precision.HIGHEST)
+
+
+@jax.jit
+def _errors(z, labels, solution):
+    predicted = jnp.dot(z, solution, precision=jax.lax.Precision.HIGHEST)
+    return labels[:, None, :] - predicted.reshape(len(z), -1, labels.shape[1])
+
+
+class Pass:
+    """Turns rows into z on the device, in chunks of one shape (one compilation)."""
+
+    def __init__(self, basis: Basis, chunk_rows: int) -> None:
+        self.basis, self._rows = basis, chunk_rows
+        self._mean = jnp.asarray(basis.mean * basis.scale, jnp.float32)
+        self._turn = jnp.asarray(basis.vectors / basis.scale[:, None], jnp.float32)
+
+    def chunks(self, rows: Rows) -> Iterator[tuple[jax.Array, Rows]]:
+        """(z float32[chunk_rows, r] with spare rows at the end, the rows) piece by piece."""
+        for start in range(0, len(rows.x), self._rows):
+            part = rows.take(slice(start, start + self._rows))
+            x = np.pad(np.asarray(part.x, np.float32), ((0, self._rows - len(part.x)), (0, 0)))
+            yield rotate(x, self._mean, self._turn), part
+
+
+def single_scores(passes: Pass, rows: Iterable[Rows], columns: np.ndarray, alphas: np.ndarray) -> np.ndarray:
+    """Leave-one-out: sum of w e^2, float64[C, t], of the objectives `columns` (all of them rated in the same rows)."""
+    basis = passes.basis
+    inverse = 1.0 / (basis.values[None, :] + alphas[:, None])
+    solution = np.transpose(basis.projected[None] * inverse[:, :, None], (1, 0, 2)).reshape(len(basis.values), -1)
+    device = [jnp.asarray(value, jnp.float32) for value in (solution, inverse, 1.0 / basis.weight)]
+    total = np.zeros((len(alphas), len(columns)))
+    for batch in rows:
+        for z, part in passes.chunks(batch):
+            y = part.y[:, columns] - basis.label_mean[None, :]
+            seen = ~np.isnan(y[:, 0])
+            spare = (0, len(z) - len(y))
+            labels = np.pad(np.where(seen[:, None], y, 0.0).astype(np.float32), (spare, (0, 0)))
+            weight = np.pad((part.weight * seen).astype(np.float32), spare)
+            error = _errors(z, labels, device[0])
+            total += np.asarray(_single_scores(z, error, weight, *device[1:]), np.float64)
+    return total
+
+
+def whole_groups(batches: Iterable[Rows], sizes: dict[int, int]) -> Iterator[list[Rows]]:
+    """The rows in whole groups, whatever the order they come in.
+
+    Rows wait until their group is complete; texts of one image usually stand together, and then few wait.
+    """
+    waiting: dict[int, list[Rows]] = {}
+    for batch in batches:
+        order = np.argsort(batch.group, kind="stable")
+        names, starts = np.unique(batch.group[order], return_index=True)
+        done = []
+        for name, index in zip(names.tolist(), np.split(order, starts[1:]), strict=True):
+            parts = waiting.setdefault(name, [])
+            parts.append(batch.take(index))
+            if sum(len(part.x) for part in parts) == sizes[name]:
+                done.append(concatenate(waiting.pop(name)))
+        if done:
+            yield done
+
+
+def single_residuals(
+    z: np.ndarray, y: np.ndarray, weight: np.ndarray, basis: Basis, alpha: np.ndarray | float
+) -> np.ndarray:
+    """`left_out` with every row a group of its own, all rows at once: float64[n, T] at alpha [T], or one for all."""
+    inverse = 1.0 / (basis.values[None, :] + np.atleast_1d(alpha)[:, None])
+    error = np.where(np.isnan(y), 0.0, y) - basis.label_mean[None, :] - z @ (basis.projected * inverse.T)
+    leverage = (z**2 @ inverse.T + 1.0 / basis.weight) * (weight[:, None] * ~np.isnan(y))
+    return error / (1.0 - leverage)
