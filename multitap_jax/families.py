@@ -6,6 +6,7 @@ walks through it.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -223,7 +224,7 @@ def _configuration(family: Family, config: Mapping[str, Any], preprocessor: Mapp
         f"{section}{'.' if section else ''}{name} = {value!r} must be a number"
         for section, entries in sections.items()
         for name, value in entries.items()
-        if isinstance(value, str) and value.strip("+-.eE_0123456789") == "" and any(c.isdigit() for c in value)
+        if _is_number_as_text(value) and not name.endswith("version")
     ]
     if written:
         raise ConfigError("\n".join(written))
@@ -231,6 +232,13 @@ def _configuration(family: Family, config: Mapping[str, Any], preprocessor: Mapp
         return family.config(config, preprocessor)
     except ConfigError as error:
         raise ConfigError(f"{error}\n(model_type = {config['model_type']!r} picked the family: is it right?)") from None
+
+
+def _is_number_as_text(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and math.isfinite(float(value))
+    except ValueError:
+        return False
 
 
 def _preprocessor(folder: Path) -> Mapping[str, Any] | None:
