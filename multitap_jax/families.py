@@ -6,7 +6,6 @@ walks through it.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -214,31 +213,11 @@ def num_params(model: nnx.Module) -> int:
 
 
 def _configuration(family: Family, config: Mapping[str, Any], preprocessor: Mapping[str, Any] | None) -> Any:
-    """The configuration; what is wrong with it is said together with the family that was asked for.
-
-    Raises:
-      ConfigError: numbers written as strings (all of them are listed), or what the family says.
-    """
-    sections = {"": config, **{name: config.get(name) or {} for name in ("text_config", "vision_config")}}
-    written = [
-        f"{section}{'.' if section else ''}{name} = {value!r} must be a number"
-        for section, entries in sections.items()
-        for name, value in entries.items()
-        if _is_number_as_text(value) and not name.endswith("version")
-    ]
-    if written:
-        raise ConfigError("\n".join(written))
+    """The configuration; what is wrong with it is said together with the family that was asked for."""
     try:
         return family.config(config, preprocessor)
     except ConfigError as error:
         raise ConfigError(f"{error}\n(model_type = {config['model_type']!r} picked the family: is it right?)") from None
-
-
-def _is_number_as_text(value: Any) -> bool:
-    try:
-        return isinstance(value, str) and math.isfinite(float(value))
-    except ValueError:
-        return False
 
 
 def _preprocessor(folder: Path) -> Mapping[str, Any] | None:

@@ -1,105 +1,169 @@
-"""What the configurations of all families share: reading a decoder's numbers, and saying what is wrong."""
+"""Reading a `config.json`: entries of the right type, and everything that is wrong with it said at once.
+
+A family reads its sections through `Section`, whose readers note a problem and go on with the default, and ends with
+`Section.settle`, which raises what was noted together with what does not fit between the numbers.
+"""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from multitap_jax.backbones.decoder import DecoderConfig
-from multitap_jax.backbones.rope import Rope
 from multitap_jax.config import ConfigError
 
 Config = TypeVar("Config")
 
 
-def optional(section: Mapping[str, Any], name: str, default: Any) -> Any:
-    """The entry, or `default` where it is absent or null."""
-    value = section.get(name)
-    return default if value is None else value
+@dataclasses.dataclass
+class _Found:
+    """What is wrong so far, in all sections of a file.
 
-
-def expect(section: Mapping[str, Any], name: str, *values: Any) -> None:
-    """Raises ConfigError where the section says something else than the implemented `values`; absent is the first."""
-    found = section.get(name, values[0])
-    if found not in values:
-        known = " or ".join(map(repr, values))
-        hint = f"expected {known}" if name == "model_type" else f"is not implemented; this family has {known}"
-        joint = ": " if name == "model_type" else " "
-        raise ConfigError(f"{name} = {found!r}{joint}{hint}")
-
-
-def decoder_config(
-    text: Mapping[str, Any],
-    *,
-    vocab_size: int,
-    hidden_size: int,
-    intermediate_size: int,
-    num_hidden_layers: int,
-    num_attention_heads: int,
-    num_key_value_heads: int | None,
-    rope_theta: float,
-    rms_norm_eps: float,
-    qkv_bias: bool = False,
-    qk_norm: bool = False,
-    head_dim: int | None = None,
-) -> DecoderConfig:
-    """A decoder's numbers from the text section of `config.json`; the arguments are what an absent entry means.
-
-    Raises:
-      ConfigError: an activation or a rotary scaling that is not implemented.
+    Attributes:
+      problems: one sentence each.
+      readable: whether every number could be read; where not, defaults stand in for some, and what these do not fit
+        says nothing about the file.
     """
-    expect(text, "hidden_act", "silu")
-    heads = optional(text, "num_attention_heads", num_attention_heads)
-    groups = text.get("num_key_value_heads", num_key_value_heads)  # null means as many as there are query heads
-    hidden = optional(text, "hidden_size", hidden_size)
-    return DecoderConfig(
-        vocab_size=optional(text, "vocab_size", vocab_size),
-        hidden_size=hidden,
-        intermediate_size=optional(text, "intermediate_size", intermediate_size),
-        num_layers=optional(text, "num_hidden_layers", num_hidden_layers),
-        num_heads=heads,
-        num_kv_heads=heads if groups is None else groups,
-        head_dim=optional(text, "head_dim", head_dim or _share(hidden, heads)),
-        rope=Rope.from_hf(text, theta=rope_theta),
-        rms_norm_eps=float(optional(text, "rms_norm_eps", rms_norm_eps)),
-        qkv_bias=qkv_bias,
-        qk_norm=qk_norm,
-    )
+
+    problems: list[str] = dataclasses.field(default_factory=list)
+    readable: bool = True
 
 
-def _share(hidden: int, heads: int) -> int:
-    if heads <= 0 or hidden % heads:
-        raise ConfigError(f"hidden_size = {hidden} must be divisible by num_attention_heads = {heads}")
-    return hidden // heads
+class Section:
+    """A section of a `config.json`, or of the image processor's file beside it.
 
+    An absent entry and one that is null are the same to every reader: they mean the default.
 
-def check(config: Config, what: str) -> Config:
-    """The configuration itself, once every number of its parts is possible, and they fit each other.
-
-    A configuration may say with `inconsistencies()`, as its parts do, what does not fit between them.
-
-    Raises:
-      ConfigError: lists what is not.
+    Attributes:
+      entries: its contents.
     """
-    problems = [problem for part in _parts(config) for problem in _problems(part)]
-    if hasattr(config, "inconsistencies"):
-        problems += list(config.inconsistencies())
-    if problems:
-        raise ConfigError(f"config.json does not describe {what}:\n" + "\n".join(problems))
-    return config
+
+    def __init__(self, entries: Mapping[str, Any], prefix: str = "", found: _Found | None = None):
+        self.entries = entries
+        self._prefix = prefix
+        self._found = found or _Found()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The entry as it stands."""
+        value = self.entries.get(name)
+        return default if value is None else value
+
+    def section(self, name: str, default: Mapping[str, Any] | None = None) -> "Section":
+        """The section of that name; `default` where there is none."""
+        value = self.get(name, default or {})
+        if not isinstance(value, Mapping):
+            self._unreadable(name, "must be a section of entries")
+            value = default or {}
+        return Section(value, f"{self._prefix}{name}.", self._found)
+
+    def merged(self, *names: str) -> "Section":
+        """One section of several; an entry counts where it is named last."""
+        parts = [self.section(name) for name in names]
+        entries = {key: value for part in parts for key, value in part.entries.items()}
+        return Section(entries, next((part._prefix for part in reversed(parts) if part.entries), ""), self._found)
+
+    def beside(self, entries: Mapping[str, Any] | None) -> "Section":
+        """The image processor's file, whose problems are told with these."""
+        return Section(entries or {}, "preprocessor_config.", self._found)
+
+    def size(self, name: str, default: int) -> int:
+        """A positive whole number."""
+        return self._read(name, default, lambda value: _whole(value) and value > 0, "a positive whole number")
+
+    def whole(self, name: str, default: int) -> int:
+        """A whole number of either sign."""
+        return self._read(name, default, _whole, "a whole number")
+
+    def number(self, name: str, default: float) -> float:
+        """A positive number."""
+        return float(self._read(name, default, lambda value: _finite(value) and value > 0, "a positive number"))
+
+    def flag(self, name: str, default: bool) -> bool:
+        """True or false."""
+        return self._read(name, default, lambda value: isinstance(value, bool), "true or false")
+
+    def wholes(self, name: str, default: Sequence[int], length: int | None = None) -> tuple[int, ...]:
+        """A list of whole numbers, of any length or of one."""
+        allows = lambda value: _all(value, _whole) and length in (None, len(value))
+        return tuple(self._read(name, default, allows, f"a list of {f'{length} ' if length else ''}whole numbers"))
+
+    def numbers(self, name: str, default: Sequence[float]) -> tuple[float, ...]:
+        """A list of numbers."""
+        return tuple(self._read(name, default, lambda value: _all(value, _finite), "a list of numbers"))
+
+    def pairs(self, name: str, default: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
+        """A list of pairs of whole numbers."""
+        pair = lambda value: _all(value, _whole) and len(value) == 2
+        found = self._read(name, default, lambda value: _all(value, pair), "a list of pairs of whole numbers")
+        return tuple((first, second) for first, second in found)
+
+    def expect(self, name: str, *values: Any) -> Any:
+        """The entry, one of the implemented `values`; the first of them where the file says nothing or another."""
+        found = self.get(name, values[0])
+        if found in values:
+            return found
+        known = " or ".join(map(repr, dict.fromkeys(values)))
+        hint = f": expected {known}" if name == "model_type" else f" is not implemented; this family has {known}"
+        self.wrong(f"{self._prefix}{name} = {found!r}{hint}")
+        return values[0]
+
+    def wrong(self, problem: str) -> None:
+        """Notes what is wrong."""
+        if problem not in self._found.problems:  # a section may be read by several
+            self._found.problems.append(problem)
+
+    def settle(self, config: Config, what: str) -> Config:
+        """The configuration itself, if nothing was noted and its parts fit each other.
+
+        A configuration, and every part of it, may say with `inconsistencies()` what does not fit.
+
+        Args:
+          config: made of what was read.
+          what: it describes, for the message.
+
+        Raises:
+          ConfigError: lists everything that is wrong.
+        """
+        problems = list(self._found.problems)
+        if self._found.readable:
+            problems += [problem for part in _parts(config) for problem in part.inconsistencies()]
+        if problems:
+            raise ConfigError(f"config.json does not describe {what}:\n" + "\n".join(problems))
+        return config
+
+    def _read(self, name: str, default: Any, allows: Any, kind: str) -> Any:
+        value = self.get(name, default)
+        if allows(value):
+            return value
+        self._unreadable(name, f"must be {kind}")
+        return default
+
+    def _unreadable(self, name: str, problem: str) -> None:
+        self.wrong(f"{self._prefix}{name} = {self.entries[name]!r} {problem}")
+        self._found.readable = False
+
+
+def tied(config: Section, text: Section) -> bool:
+    """Whether a `config.json` ties the output head to the token table; before transformers 5 the text section said."""
+    return config.flag("tie_word_embeddings", False) or text.flag("tie_word_embeddings", False)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _all(value: Any, allows: Any) -> bool:
+    return isinstance(value, list | tuple) and all(map(allows, value))
 
 
 def _parts(config: Any) -> Iterator[Any]:
+    """The parts that may say what is wrong with them, then the whole."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if hasattr(value, "inconsistencies") and dataclasses.is_dataclass(value):
+        if dataclasses.is_dataclass(value) and hasattr(value, "inconsistencies"):
             yield value
-
-
-def _problems(part: Any) -> list[str]:
-    sizes = ((field.name, getattr(part, field.name)) for field in dataclasses.fields(part))
-    wrong = [
-        f"{name} = {size} must be positive"
-        for name, size in sizes
-        if isinstance(size, int) and not isinstance(size, bool) and size <= 0
-    ]
-    return wrong or list(part.inconsistencies())
+    if hasattr(config, "inconsistencies"):
+        yield config

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from multitap_jax.backbones.attention import Visibility, attention, make_visibility
+from multitap_jax.backbones.config import Section
 from multitap_jax.backbones.layers import Embedding, Linear, RMSNorm, rotate
 from multitap_jax.backbones.rope import Angles, Rope
 from multitap_jax.backbones.stack import Execution, collect_layers, run_layers
@@ -43,6 +44,46 @@ class DecoderConfig:
     rms_norm_eps: float
     qkv_bias: bool = False
     qk_norm: bool = False
+
+    @classmethod
+    def from_hf(
+        cls,
+        text: Section,
+        *,
+        vocab_size: int,
+        hidden_size: int,
+        intermediate_size: int,
+        num_hidden_layers: int,
+        num_attention_heads: int,
+        num_key_value_heads: int | None,
+        rope_theta: float,
+        rms_norm_eps: float,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        head_dim: int | None = None,
+    ) -> "DecoderConfig":
+        """Reads the text section of `config.json`; the arguments are what an absent entry means."""
+        text.expect("hidden_act", "silu")
+        hidden = text.size("hidden_size", hidden_size)
+        heads = text.size("num_attention_heads", num_attention_heads)
+        # Unlike elsewhere, null is not the default: as many groups as there are query heads.
+        groups = num_key_value_heads if "num_key_value_heads" not in text.entries else None
+        head_dim = text.size("head_dim", head_dim or max(hidden // heads, 1))
+        if text.get("head_dim") is None and hidden % heads:
+            text.wrong(f"hidden_size = {hidden} must be divisible by num_attention_heads = {heads}")
+        return cls(
+            vocab_size=text.size("vocab_size", vocab_size),
+            hidden_size=hidden,
+            intermediate_size=text.size("intermediate_size", intermediate_size),
+            num_layers=text.size("num_hidden_layers", num_hidden_layers),
+            num_heads=heads,
+            num_kv_heads=text.size("num_key_value_heads", groups or heads),
+            head_dim=head_dim,
+            rope=Rope.from_hf(text, theta=rope_theta),
+            rms_norm_eps=text.number("rms_norm_eps", rms_norm_eps),
+            qkv_bias=qkv_bias,
+            qk_norm=qk_norm,
+        )
 
     def inconsistencies(self) -> Iterator[str]:
         """What is wrong with the numbers besides their signs, one sentence each."""

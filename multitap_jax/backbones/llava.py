@@ -13,13 +13,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from multitap_jax.backbones.base import Backbone
-from multitap_jax.backbones.config import check, decoder_config, expect, optional
+from multitap_jax.backbones.config import Section, tied
 from multitap_jax.backbones.decoder import Decoder, DecoderConfig
 from multitap_jax.backbones.layers import Linear
 from multitap_jax.backbones.stack import Execution
 from multitap_jax.backbones.vit import CLIP, SIGLIP, ViT, ViTConfig
 from multitap_jax.batch import PackedBatch
-from multitap_jax.config import ConfigError
 
 # What an absent vision section means: CLIP ViT-L/14 at 336 pixels.
 _VISION = {
@@ -65,21 +64,13 @@ class LlavaConfig:
         Raises:
           ConfigError: another model type, a feature that is not implemented, or numbers that contradict each other.
         """
-        expect(config, "model_type", cls.model_type)
-        layer = optional(config, "vision_feature_layer", -2)
-        tower = tower_config(config, preprocessor, kind=CLIP, layer=layer, published=_VISION, strategy="default")
-        text = config.get("text_config") or {}
-        return check(
-            cls(
-                text_config(text, "llama"),
-                text.get("model_type", "llama"),
-                tower,
-                bool(config.get("multimodal_projector_bias", True)),
-                bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
-                image_token(config, 32000),
-            ),
-            "a LLaVA model",
-        )
+        root = Section(config)
+        root.expect("model_type", cls.model_type)
+        layer = feature_layer(root, -2)
+        tower = tower_config(root, preprocessor, kind=CLIP, layer=layer, published=_VISION, strategy="default")
+        decoder, text = text_config(root, "llama")
+        found = cls(text, decoder, tower, **projector_and_tokens(root, 32000))
+        return root.settle(found, "a LLaVA model")
 
     @property
     def block(self) -> tuple[int, int]:
@@ -91,61 +82,62 @@ class LlavaConfig:
         return self.vision.flops(patches) + projector_flops(self.vision, self.text, patches)
 
 
-def text_config(section: Mapping[str, Any], kind: str) -> DecoderConfig:
-    """The decoder's numbers; `kind` is what it is where the section does not say.
-
-    Raises:
-      ConfigError: a decoder that is not implemented, or a feature of one.
-    """
-    kind = section.get("model_type", kind)
-    if kind not in _DECODERS:
-        known = ", ".join(_DECODERS)
-        raise ConfigError(f"text_config.model_type = {kind!r} is not implemented; this family has {known}")
-    windowed = section.get("use_sliding_window", False) if kind == "qwen2" else section.get("sliding_window", 4096)
+def text_config(config: Section, kind: str) -> tuple[str, DecoderConfig]:
+    """What the decoder is (`kind` where its section does not say), and its numbers."""
+    text = config.section("text_config")
+    kind = text.expect("model_type", kind, *_DECODERS)
+    windowed = text.flag("use_sliding_window", False) if kind == "qwen2" else text.entries.get("sliding_window", 4096)
     if windowed and kind != "llama":
-        raise ConfigError(
+        text.wrong(
             f"text_config describes a {kind} decoder with a sliding window, which is not implemented; for rows shorter "
             "than the window, sliding_window = null gives the same scores"
         )
     for name in ("attention_bias", "mlp_bias") if kind == "llama" else ():
-        expect(section, name, False)
+        text.expect(name, False)
     same: dict[str, Any] = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
-    return decoder_config(section, **same, **_DECODERS[kind], rope_theta=10000.0, rms_norm_eps=1e-6)
+    return kind, DecoderConfig.from_hf(text, **same, **_DECODERS[kind], rope_theta=10000.0, rms_norm_eps=1e-6)
+
+
+def feature_layer(config: Section, default: int) -> int:
+    """The hidden state of the tower that is looked at; a list of one counts as one."""
+    found = config.get("vision_feature_layer", default)
+    if isinstance(found, list | tuple):
+        if len(found) == 1 and isinstance(found[0], int):
+            return found[0]
+        config.wrong(f"vision_feature_layer = {found!r} is not implemented; this family has a single layer")
+        return default
+    return config.whole("vision_feature_layer", default)
 
 
 def tower_config(
-    config: Mapping[str, Any],
+    config: Section,
     preprocessor: Mapping[str, Any] | None,
     *,
     kind: str,
-    layer: Any,
+    layer: int,
     published: Mapping[str, Any],
     strategy: str,
 ) -> ViTConfig:
-    """The tower's numbers from the whole of `config.json`; the other arguments are what absent entries mean.
-
-    Raises:
-      ConfigError: several feature layers, a projector or a choice of features that is not implemented.
-    """
-    expect(config, "projector_hidden_act", "gelu")
-    if isinstance(layer, list | tuple) and len(layer) == 1:
-        (layer,) = layer
-    if not isinstance(layer, int):
-        raise ConfigError(f"vision_feature_layer = {layer!r} is not implemented; this family has a single layer")
-    section = config.get("vision_config")
-    tower = ViTConfig.from_hf(section, preprocessor, kind=kind, layer=layer, published=published)
+    """The tower's numbers from the whole of `config.json`; the other arguments are what absent entries mean."""
+    config.expect("projector_hidden_act", "gelu")
+    section = config.section("vision_config", published)
+    tower = ViTConfig.from_hf(section, config.beside(preprocessor), kind=kind, layer=layer)
     wanted = "full" if tower.kind == SIGLIP else "default"
     if (found := config.get("vision_feature_select_strategy", strategy)) != wanted:
-        raise ConfigError(
+        config.wrong(
             f"vision_feature_select_strategy = {found!r} is not implemented for a {tower.kind}: {wanted!r} gives all "
             "of its patches and nothing else"
         )
     return tower
 
 
-def image_token(config: Mapping[str, Any], default: int) -> int:
-    """Id of the placeholder, in both of its spellings."""
-    return optional(config, "image_token_index", optional(config, "image_token_id", default))
+def projector_and_tokens(config: Section, image_token: int) -> dict[str, Any]:
+    """The fields besides text and vision; `image_token` is the placeholder where no entry names one."""
+    return {
+        "projector_bias": config.flag("multimodal_projector_bias", True),
+        "tie_word_embeddings": tied(config, config.section("text_config")),
+        "image_token_id": config.whole("image_token_index", config.whole("image_token_id", image_token)),
+    }
 
 
 def projector_flops(vision: ViTConfig, text: DecoderConfig, patches: int) -> float:

@@ -14,14 +14,20 @@ import jax.numpy as jnp
 from flax import nnx
 
 from multitap_jax.backbones.base import Backbone
-from multitap_jax.backbones.config import check, expect, optional
+from multitap_jax.backbones.config import Section
 from multitap_jax.backbones.decoder import Decoder, DecoderConfig
 from multitap_jax.backbones.layers import param
-from multitap_jax.backbones.llava import VisionModel, image_token, projector_flops, text_config, tower_config
+from multitap_jax.backbones.llava import (
+    VisionModel,
+    feature_layer,
+    projector_and_tokens,
+    projector_flops,
+    text_config,
+    tower_config,
+)
 from multitap_jax.backbones.stack import Execution
 from multitap_jax.backbones.vit import SIGLIP, ViTConfig
 from multitap_jax.batch import MIX_UNIT, PackedBatch
-from multitap_jax.config import ConfigError
 
 # What absent entries mean: SigLIP so400m/14 at 384 pixels, up to 6 x 6 tiles.
 _VISION = {
@@ -79,21 +85,14 @@ class LlavaOnevisionConfig:
         Raises:
           ConfigError: another model type, a feature that is not implemented, or numbers that contradict each other.
         """
-        expect(config, "model_type", cls.model_type)
-        layer = optional(config, "vision_feature_layer", -1)
-        tower = tower_config(config, preprocessor, kind=SIGLIP, layer=layer, published=_VISION, strategy="full")
-        text = config.get("text_config") or {}
-        return check(
-            cls(
-                text_config(text, "qwen2"),
-                tower,
-                _tiles(config, preprocessor or {}, tower.image_size),
-                bool(config.get("multimodal_projector_bias", True)),
-                bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
-                image_token(config, 151646),
-            ),
-            "a LLaVA-OneVision model",
-        )
+        root = Section(config)
+        root.expect("model_type", cls.model_type)
+        layer = feature_layer(root, -1)
+        tower = tower_config(root, preprocessor, kind=SIGLIP, layer=layer, published=_VISION, strategy="full")
+        _, text = text_config(root, "qwen2")
+        tiles = _tiles(root, preprocessor, tower.image_size)
+        found = cls(text, tower, tiles, **projector_and_tokens(root, 151646))
+        return root.settle(found, "a LLaVA-OneVision model")
 
     @property
     def block(self) -> tuple[int, int]:
@@ -105,17 +104,17 @@ class LlavaOnevisionConfig:
         return self.vision.flops(patches) + projector_flops(self.vision, self.text, patches)
 
 
-def _tiles(config: Mapping[str, Any], preprocessor: Mapping[str, Any], image_size: int) -> Tiles:
-    ratio = optional(config, "vision_aspect_ratio", "anyres_max_9")
-    if (found := re.fullmatch(r"anyres_max_(\d+)", ratio)) is None:
-        raise ConfigError(f"vision_aspect_ratio = {ratio!r} is not implemented; this family has 'anyres_max_N'")
-    pinpoints = optional(config, "image_grid_pinpoints", [[tall, wide] for tall in _SIDES for wide in _SIDES])
-    if optional(preprocessor, "image_grid_pinpoints", pinpoints) != pinpoints:
-        raise ConfigError(
+def _tiles(config: Section, preprocessor: Mapping[str, Any] | None, image_size: int) -> Tiles:
+    ratio = config.get("vision_aspect_ratio", "anyres_max_9")
+    if (found := re.fullmatch(r"anyres_max_(\d+)", str(ratio))) is None:
+        config.wrong(f"vision_aspect_ratio = {ratio!r} is not implemented; this family has 'anyres_max_N'")
+    pinpoints = config.pairs("image_grid_pinpoints", [(tall, wide) for tall in _SIDES for wide in _SIDES])
+    if config.beside(preprocessor).pairs("image_grid_pinpoints", pinpoints) != pinpoints:
+        config.wrong(
             "image_grid_pinpoints of config.json and of preprocessor_config.json differ; the two files belong to "
             "different models"
         )
-    return Tiles(image_size, tuple((tall, wide) for tall, wide in pinpoints), int(found[1]))
+    return Tiles(image_size, pinpoints, int(found[1]) if found else 9)
 
 
 class OnevisionModel(VisionModel):

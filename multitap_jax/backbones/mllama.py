@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from multitap_jax.backbones.base import Backbone
-from multitap_jax.backbones.config import check, decoder_config, expect, optional
+from multitap_jax.backbones.config import Section
 from multitap_jax.backbones.cross import ROW_MASKS, CrossConfig, CrossDecoder, Sight, see
 from multitap_jax.backbones.decoder import DecoderConfig
 from multitap_jax.backbones.mllama_vision import STATES, VisionConfig, VisionModel
 from multitap_jax.backbones.stack import Execution, pin
-from multitap_jax.backbones.vision import block_flops
+from multitap_jax.backbones.vision import CLIP_MEAN, CLIP_STD, block_flops
 from multitap_jax.batch import PackedBatch
 from multitap_jax.flops import Flops, Work, decoder_flops
 
@@ -53,13 +53,12 @@ class MllamaConfig:
         Raises:
           ConfigError: another model type, a feature that is not implemented, or numbers that contradict each other.
         """
-        expect(config, "model_type", cls.model_type)
-        expect(config, "multitap_intermediate_states", *STATES)
-        expect(config, "multitap_row_mask", *ROW_MASKS)
-        text, vision = config.get("text_config") or {}, config.get("vision_config") or {}
-        for section in (config, text):
-            expect(section, "tie_word_embeddings", False)
-        decoder = decoder_config(
+        root = Section(config)
+        root.expect("model_type", cls.model_type)
+        text, vision = root.section("text_config"), root.section("vision_config")
+        for section in (root, text):
+            section.expect("tie_word_embeddings", False)
+        decoder = DecoderConfig.from_hf(
             text,
             vocab_size=128256,
             hidden_size=4096,
@@ -73,13 +72,15 @@ class MllamaConfig:
         decoder = dataclasses.replace(decoder, vocab_size=decoder.vocab_size + EXTRA_TOKENS)
         cross = CrossConfig(
             decoder.num_layers,
-            tuple(optional(text, "cross_attention_layers", (3, 8, 13, 18, 23, 28, 33, 38))),
-            config.get("multitap_row_mask", ROW_MASKS[0]),
+            text.wholes("cross_attention_layers", (3, 8, 13, 18, 23, 28, 33, 38)),
+            root.expect("multitap_row_mask", *ROW_MASKS),
         )
-        states = config.get("multitap_intermediate_states", STATES[0])
-        tower = VisionConfig.from_hf(vision, preprocessor, states)
-        image = optional(config, "image_token_index", optional(config, "image_token_id", 128256))
-        return check(cls(decoder, tower, cross, image), "a Llama-3.2-Vision model")
+        states = root.expect("multitap_intermediate_states", *STATES)
+        # An image processor without statistics of its own halves and shifts; without one at all, the published one.
+        statistics = (CLIP_MEAN, CLIP_STD) if preprocessor is None else ((0.5,) * 3, (0.5,) * 3)
+        tower = VisionConfig.from_hf(vision, root.beside(preprocessor), states, *statistics)
+        image = root.whole("image_token_index", root.whole("image_token_id", 128256))
+        return root.settle(cls(decoder, tower, cross, image), "a Llama-3.2-Vision model")
 
     @property
     def reading(self) -> str:

@@ -8,7 +8,7 @@ tile, W = U rounded up to a multiple of eight, K intermediate states.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,12 +17,11 @@ import numpy as np
 from flax import nnx
 
 from multitap_jax.backbones.attention import Keys, Queries, Visibility, make_cross_visibility
-from multitap_jax.backbones.config import expect, optional
+from multitap_jax.backbones.config import Section
 from multitap_jax.backbones.layers import LayerNorm, Linear, gated, param
 from multitap_jax.backbones.stack import Execution, collect_layers, keep_layers, pin, run_layers
-from multitap_jax.backbones.vision import CLIP_MEAN, CLIP_STD, PatchEmbedding, Pixels, VisionAttention, VisionMLP
+from multitap_jax.backbones.vision import PatchEmbedding, Pixels, VisionAttention, VisionMLP
 from multitap_jax.batch import PackedBatch
-from multitap_jax.config import ConfigError
 
 EPS = 1e-5  # of the norms around the stacks; fixed in the architecture
 FILL = 8  # tokens of a tile are filled up to a multiple of this
@@ -64,34 +63,46 @@ class VisionConfig:
 
     @classmethod
     def from_hf(
-        cls, vision: Mapping[str, Any], preprocessor: Mapping[str, Any] | None, intermediate_states: str
+        cls,
+        vision: Section,
+        processor: Section,
+        intermediate_states: str,
+        mean: Sequence[float],
+        std: Sequence[float],
     ) -> "VisionConfig":
         """From the vision section; absent fields as in transformers' MllamaVisionConfig.
 
-        Raises:
-          ConfigError: a feature that is not implemented, or a preprocessor made for tiles of another size or number.
+        Args:
+          vision: the section.
+          processor: the image processor's file, which must be made for tiles of the same size and number.
+          intermediate_states: see the attribute.
+          mean, std: of pixels, where the processor's file has none.
         """
-        expect(vision, "hidden_act", "gelu")
-        tiles, side = optional(vision, "max_num_tiles", 4), optional(vision, "image_size", 448)
-        _check_preprocessor(preprocessor or {}, side, tiles)
-        # An image processor without statistics of its own halves and shifts; without one at all, the published one.
-        mean, std = (CLIP_MEAN, CLIP_STD) if preprocessor is None else ((0.5,) * 3, (0.5,) * 3)
-        ratios = optional(vision, "supported_aspect_ratios", arrangements(4))
+        vision.expect("hidden_act", "gelu")
+        tiles, side = vision.size("max_num_tiles", 4), vision.size("image_size", 448)
+        size = processor.section("size", {"height": side, "width": side})
+        found = {name: size.size(name, side) for name in ("height", "width")}
+        if set(found.values()) != {side}:
+            processor.wrong(f"preprocessor_config.size = {found}, but vision_config.image_size = {side}")
+        if (wanted := processor.size("max_image_tiles", tiles)) != tiles:
+            processor.wrong(
+                f"preprocessor_config.max_image_tiles = {wanted}, but vision_config.max_num_tiles = {tiles}"
+            )
         return cls(
-            num_layers=optional(vision, "num_hidden_layers", 32),
-            num_global_layers=optional(vision, "num_global_layers", 8),
-            size=optional(vision, "hidden_size", 1280),
-            num_heads=optional(vision, "attention_heads", 16),
-            intermediate_size=optional(vision, "intermediate_size", 5120),
+            num_layers=vision.size("num_hidden_layers", 32),
+            num_global_layers=vision.size("num_global_layers", 8),
+            size=vision.size("hidden_size", 1280),
+            num_heads=vision.size("attention_heads", 16),
+            intermediate_size=vision.size("intermediate_size", 5120),
             image_size=side,
             max_num_tiles=tiles,
-            intermediate_layers=tuple(optional(vision, "intermediate_layers_indices", (3, 7, 15, 23, 30))),
+            intermediate_layers=vision.wholes("intermediate_layers_indices", (3, 7, 15, 23, 30)),
             intermediate_states=intermediate_states,
-            aspect_ratios=tuple((int(high), int(wide)) for high, wide in ratios),
-            output_size=optional(vision, "vision_output_dim", 7680),
-            norm_eps=float(optional(vision, "norm_eps", 1e-5)),
-            pixels=Pixels.from_hf(optional(vision, "patch_size", 14), preprocessor, mean, std),
-            resample=int(optional(preprocessor or {}, "resample", BILINEAR)),
+            aspect_ratios=vision.pairs("supported_aspect_ratios", arrangements(4)),
+            output_size=vision.size("vision_output_dim", 7680),
+            norm_eps=vision.number("norm_eps", 1e-5),
+            pixels=Pixels.from_hf(vision.size("patch_size", 14), processor, mean, std),
+            resample=processor.whole("resample", BILINEAR),
         )
 
     @property
@@ -140,17 +151,6 @@ def arrangements(max_tiles: int) -> tuple[tuple[int, int], ...]:
     """(tiles high, tiles wide) of every rectangle of at most `max_tiles` tiles, in the published order."""
     sides = range(1, max_tiles + 1)
     return tuple((high, wide) for high in sides for wide in sides if high * wide <= max_tiles)
-
-
-def _check_preprocessor(preprocessor: Mapping[str, Any], side: int, tiles: int) -> None:
-    size = preprocessor.get("size") or {"height": side, "width": side}
-    facts = {
-        "size": ((size.get("height"), size.get("width")), (side, side)),
-        "max_image_tiles": (optional(preprocessor, "max_image_tiles", tiles), tiles),
-    }
-    wrong = [f"{name} = {found}, not {wanted}" for name, (found, wanted) in facts.items() if found != wanted]
-    if wrong:
-        raise ConfigError(f"the image processor's file does not fit vision_config: {'; '.join(wrong)}")
 
 
 class TileEmbedding(nnx.Module):

@@ -4,8 +4,8 @@ Extra letters: E vision size, V inner size of the tower's MLPs, C = P / m^2 cell
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +13,13 @@ from flax import nnx
 
 from multitap_jax.backbones.attention import Visibility, attention, make_visibility
 from multitap_jax.backbones.base import Backbone
-from multitap_jax.backbones.config import decoder_config
+from multitap_jax.backbones.config import Section
 from multitap_jax.backbones.decoder import Decoder, DecoderConfig
 from multitap_jax.backbones.layers import LayerNorm, Linear, RMSNorm, inverse_frequencies
 from multitap_jax.backbones.rope import Angles
 from multitap_jax.backbones.stack import Execution, collect_layers, run_layers
 from multitap_jax.backbones.vision import FusedAttention, PatchEmbedding, Pixels, block_flops
 from multitap_jax.batch import PackedBatch
-from multitap_jax.config import ConfigError
 
 # Fixed in the architectures, absent from their configurations.
 VISION_EPS = 1e-6
@@ -42,9 +41,14 @@ def rms_norm(size: int, **options: Any) -> RMSNorm:
 
 @dataclasses.dataclass(frozen=True)
 class TowerConfig:
-    """The vision tower: sizes, frames of the patch embedding, and the side m of the square merged into one token."""
+    """The vision tower: sizes, frames of the patch embedding, and the side m of the square merged into one token.
 
-    size_key: ClassVar[str] = "hidden_size"  # what `config.json` calls the size
+    `out_hidden_size` is the size of its features, that of the decoder.
+    """
+
+    # What `config.json` calls the two sizes.
+    size_key: ClassVar[str] = "hidden_size"
+    out_key: ClassVar[str] = "out_hidden_size"
 
     num_layers: int
     size: int
@@ -53,6 +57,31 @@ class TowerConfig:
     merge_size: int
     frames: int
     pixels: Pixels
+    out_hidden_size: int
+
+    @classmethod
+    def read(
+        cls, vision: Section, pixels: Pixels, *, depth: int, size: int, intermediate_size: int, **others: Any
+    ) -> Self:
+        """Reads what the towers have in common.
+
+        Args:
+          vision: the vision section of `config.json`.
+          pixels: of the tower.
+          depth, size: what absent entries mean.
+          intermediate_size, others: fields that are read already.
+        """
+        return cls(
+            num_layers=vision.size("depth", depth),
+            size=vision.size(cls.size_key, size),
+            num_heads=vision.size("num_heads", 16),
+            intermediate_size=intermediate_size,
+            merge_size=vision.size("spatial_merge_size", 2),
+            frames=vision.size("temporal_patch_size", 2),
+            pixels=pixels,
+            out_hidden_size=vision.size(cls.out_key, 3584),
+            **others,
+        )
 
     @property
     def cell(self) -> int:
@@ -86,6 +115,14 @@ class QwenConfig:
     tie_word_embeddings: bool
     image_token_id: int
 
+    def inconsistencies(self) -> Iterator[str]:
+        """What does not fit between the parts."""
+        if self.vision.out_hidden_size != self.text.hidden_size:
+            yield (
+                f"vision_config.{self.vision.out_key} = {self.vision.out_hidden_size} must equal hidden_size = "
+                f"{self.text.hidden_size} of the decoder"
+            )
+
     @property
     def block(self) -> tuple[int, int]:
         """Patches of a block of a vision row, and the feature cells it becomes."""
@@ -107,15 +144,16 @@ class QwenConfig:
         return blocks + patches * 2 * v.pixels.features * v.size + mergers * merger
 
 
-def qwen2_decoder(text: Mapping[str, Any]) -> DecoderConfig:
-    """The decoder of Qwen2-VL and Qwen2.5-VL; absent entries mean what they mean to transformers.
+def text_section(config: Section) -> Section:
+    """The decoder's entries: nested since transformers 5, flat before."""
+    return config.section("text_config") if config.get("text_config") else config
 
-    Raises:
-      ConfigError: something that is not implemented, or no rotary sections.
-    """
-    if text.get("use_sliding_window"):
-        raise ConfigError("use_sliding_window = true is not implemented; no published Qwen-VL model uses it")
-    decoder = decoder_config(
+
+def qwen2_decoder(text: Section) -> DecoderConfig:
+    """The decoder of Qwen2-VL and Qwen2.5-VL; absent entries mean what they mean to transformers."""
+    if text.flag("use_sliding_window", False):
+        text.wrong("use_sliding_window = true is not implemented; no published Qwen-VL model uses it")
+    decoder = DecoderConfig.from_hf(
         text,
         vocab_size=152064,
         hidden_size=8192,
@@ -128,13 +166,8 @@ def qwen2_decoder(text: Mapping[str, Any]) -> DecoderConfig:
         qkv_bias=True,
     )
     if decoder.rope.sections is None:
-        raise ConfigError("mrope_section is missing from rope_scaling / rope_parameters of config.json")
+        text.wrong("mrope_section is missing from rope_scaling / rope_parameters of config.json")
     return decoder
-
-
-def tied(config: Mapping[str, Any], text: Mapping[str, Any]) -> bool:
-    """Whether a `config.json` ties the output head to the token table; before transformers 5 the text section said."""
-    return bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
 
 
 class TowerLayer(nnx.Module):

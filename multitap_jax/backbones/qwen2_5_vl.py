@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from multitap_jax.backbones.config import check, expect, optional
+from multitap_jax.backbones.config import Section, tied
 from multitap_jax.backbones.layers import Linear
 from multitap_jax.backbones.qwen import (
     QwenConfig,
@@ -25,7 +25,7 @@ from multitap_jax.backbones.qwen import (
     TowerLayer,
     qwen2_decoder,
     rms_norm,
-    tied,
+    text_section,
 )
 from multitap_jax.backbones.stack import Execution, collect_layers, run_layers
 from multitap_jax.backbones.vision import Pixels
@@ -46,12 +46,10 @@ class WindowTowerConfig(TowerConfig):
     Attributes:
       window_size: pixels a side of a window.
       full_layers: the layers that see whole pictures, fullatt_block_indexes of `config.json`.
-      out_hidden_size: size of its features, that of the decoder.
     """
 
     window_size: int
     full_layers: tuple[int, ...]
-    out_hidden_size: int
 
     @property
     def window(self) -> int:
@@ -89,32 +87,22 @@ class Qwen25VLConfig(QwenConfig):
         Raises:
           ConfigError: another model type, a feature that is not implemented, or numbers that contradict each other.
         """
-        expect(config, "model_type", cls.model_type)
-        text, vision = config.get("text_config") or config, config.get("vision_config") or {}
+        root = Section(config)
+        root.expect("model_type", cls.model_type)
+        text, vision = text_section(root), root.section("vision_config")
         decoder = qwen2_decoder(text)
-        expect(vision, "hidden_act", "silu")
-        tower = WindowTowerConfig(
-            num_layers=optional(vision, "depth", 32),
-            size=optional(vision, "hidden_size", 3584),
-            num_heads=optional(vision, "num_heads", 16),
-            intermediate_size=optional(vision, "intermediate_size", 3420),
-            merge_size=optional(vision, "spatial_merge_size", 2),
-            frames=optional(vision, "temporal_patch_size", 2),
-            pixels=Pixels.from_hf(optional(vision, "patch_size", 14), preprocessor),
-            window_size=optional(vision, "window_size", 112),
-            full_layers=tuple(optional(vision, "fullatt_block_indexes", (7, 15, 23, 31))),
-            out_hidden_size=optional(vision, "out_hidden_size", 3584),
+        vision.expect("hidden_act", "silu")
+        tower = WindowTowerConfig.read(
+            vision,
+            Pixels.from_hf(vision.size("patch_size", 14), root.beside(preprocessor)),
+            depth=32,
+            size=3584,
+            intermediate_size=vision.size("intermediate_size", 3420),
+            window_size=vision.size("window_size", 112),
+            full_layers=vision.wholes("fullatt_block_indexes", (7, 15, 23, 31)),
         )
-        found = cls(decoder, tower, tied(config, text), optional(config, "image_token_id", 151655))
-        return check(found, "a Qwen2.5-VL model")
-
-    def inconsistencies(self) -> Iterator[str]:
-        """What does not fit between the parts."""
-        if self.vision.out_hidden_size != self.text.hidden_size:
-            yield (
-                f"vision_config.out_hidden_size = {self.vision.out_hidden_size} must equal hidden_size = "
-                f"{self.text.hidden_size} of the decoder"
-            )
+        found = cls(decoder, tower, tied(root, text), root.whole("image_token_id", 151655))
+        return root.settle(found, "a Qwen2.5-VL model")
 
     @property
     def window(self) -> int:

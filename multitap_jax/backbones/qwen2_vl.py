@@ -12,9 +12,17 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from flax import nnx
 
-from multitap_jax.backbones.config import check, expect, optional
+from multitap_jax.backbones.config import Section, tied
 from multitap_jax.backbones.layers import quick_gelu
-from multitap_jax.backbones.qwen import QwenConfig, QwenVL, Tower, TowerConfig, layer_norm, qwen2_decoder, tied
+from multitap_jax.backbones.qwen import (
+    QwenConfig,
+    QwenVL,
+    Tower,
+    TowerConfig,
+    layer_norm,
+    qwen2_decoder,
+    text_section,
+)
 from multitap_jax.backbones.vision import Pixels, VisionMLP
 
 
@@ -23,6 +31,7 @@ class VisionConfig(TowerConfig):
     """The tower; its hidden_size in `config.json` is that of the decoder."""
 
     size_key: ClassVar[str] = "embed_dim"
+    out_key: ClassVar[str] = "hidden_size"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,22 +50,20 @@ class Qwen2VLConfig(QwenConfig):
         Raises:
           ConfigError: another model type, a feature that is not implemented, or numbers that contradict each other.
         """
-        expect(config, "model_type", cls.model_type)
-        text, vision = config.get("text_config") or config, config.get("vision_config") or {}
+        root = Section(config)
+        root.expect("model_type", cls.model_type)
+        text, vision = text_section(root), root.section("vision_config")
         decoder = qwen2_decoder(text)
-        expect(vision, "hidden_act", "quick_gelu")
-        size = optional(vision, "embed_dim", 1280)
-        tower = VisionConfig(
-            num_layers=optional(vision, "depth", 32),
-            size=size,
-            num_heads=optional(vision, "num_heads", 16),
-            intermediate_size=int(size * optional(vision, "mlp_ratio", 4)),
-            merge_size=optional(vision, "spatial_merge_size", 2),
-            frames=optional(vision, "temporal_patch_size", 2),
-            pixels=Pixels.from_hf(optional(vision, "patch_size", 14), preprocessor),
+        vision.expect("hidden_act", "quick_gelu")
+        tower = VisionConfig.read(
+            vision,
+            Pixels.from_hf(vision.size("patch_size", 14), root.beside(preprocessor)),
+            depth=32,
+            size=1280,
+            intermediate_size=int(vision.size("embed_dim", 1280) * vision.number("mlp_ratio", 4)),
         )
-        found = cls(decoder, tower, tied(config, text), optional(config, "image_token_id", 151655))
-        return check(found, "a Qwen2-VL model")
+        found = cls(decoder, tower, tied(root, text), root.whole("image_token_id", 151655))
+        return root.settle(found, "a Qwen2-VL model")
 
     def vision_flops(self, patches: int, patch_pairs: int) -> float:
         """Forward FLOPs of the tower and its merger for real patches and visible pairs of them."""

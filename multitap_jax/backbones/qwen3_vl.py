@@ -19,15 +19,22 @@ import numpy as np
 from flax import nnx
 
 from multitap_jax.backbones.attention import Visibility
-from multitap_jax.backbones.config import check, decoder_config, expect, optional
-from multitap_jax.backbones.decoder import Decoder, TextLayer, image_features, place_features
+from multitap_jax.backbones.config import Section, tied
+from multitap_jax.backbones.decoder import Decoder, DecoderConfig, TextLayer, image_features, place_features
 from multitap_jax.backbones.layers import param, tanh_gelu
-from multitap_jax.backbones.qwen import PatchMerger, QwenConfig, QwenVL, Tower, TowerConfig, layer_norm, tied
+from multitap_jax.backbones.qwen import (
+    PatchMerger,
+    QwenConfig,
+    QwenVL,
+    Tower,
+    TowerConfig,
+    layer_norm,
+    text_section,
+)
 from multitap_jax.backbones.rope import Angles
 from multitap_jax.backbones.stack import Execution, keep_layers
 from multitap_jax.backbones.vision import Pixels, VisionMLP
 from multitap_jax.batch import PackedBatch
-from multitap_jax.config import ConfigError
 
 HALF = (0.5, 0.5, 0.5)  # mean and deviation of pixels
 
@@ -39,12 +46,10 @@ class DeepstackTowerConfig(TowerConfig):
     Attributes:
       num_positions: rows of the position table, a square.
       deepstack: the layers whose states go to the decoder, deepstack_visual_indexes of `config.json`.
-      out_hidden_size: size of its features, that of the decoder.
     """
 
     num_positions: int
     deepstack: tuple[int, ...]
-    out_hidden_size: int
 
     @property
     def side(self) -> int:
@@ -86,11 +91,12 @@ class Qwen3VLConfig(QwenConfig):
         Raises:
           ConfigError: another model type, a feature that is not implemented, or numbers that contradict each other.
         """
-        expect(config, "model_type", cls.model_type)
-        text, vision = config.get("text_config") or config, config.get("vision_config") or {}
-        expect(text, "attention_bias", False)
-        expect(vision, "hidden_act", "gelu_pytorch_tanh")
-        decoder = decoder_config(
+        root = Section(config)
+        root.expect("model_type", cls.model_type)
+        text, vision = text_section(root), root.section("vision_config")
+        text.expect("attention_bias", False)
+        vision.expect("hidden_act", "gelu_pytorch_tanh")
+        decoder = DecoderConfig.from_hf(
             text,
             vocab_size=151936,
             hidden_size=4096,
@@ -103,38 +109,30 @@ class Qwen3VLConfig(QwenConfig):
             rms_norm_eps=1e-6,
             qk_norm=True,
         )
-        rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
-        if rope.get("mrope_interleaved") is False:
-            raise ConfigError("mrope_interleaved = false is not implemented; frequencies of Qwen3-VL are interleaved")
+        if not text.merged("rope_scaling", "rope_parameters").flag("mrope_interleaved", True):
+            text.wrong("mrope_interleaved = false is not implemented; frequencies of Qwen3-VL are interleaved")
         sections = decoder.rope.sections or (24, 20, 20)
         rotary = dataclasses.replace(decoder.rope, sections=sections, interleaved=True)
-        tower = DeepstackTowerConfig(
-            num_layers=optional(vision, "depth", 27),
-            size=optional(vision, "hidden_size", 1152),
-            num_heads=optional(vision, "num_heads", 16),
-            intermediate_size=optional(vision, "intermediate_size", 4304),
-            merge_size=optional(vision, "spatial_merge_size", 2),
-            frames=optional(vision, "temporal_patch_size", 2),
-            pixels=Pixels.from_hf(optional(vision, "patch_size", 16), preprocessor, mean=HALF, std=HALF),
-            num_positions=optional(vision, "num_position_embeddings", 2304),
-            deepstack=tuple(optional(vision, "deepstack_visual_indexes", (8, 16, 24))),
-            out_hidden_size=optional(vision, "out_hidden_size", 3584),
+        tower = DeepstackTowerConfig.read(
+            vision,
+            Pixels.from_hf(vision.size("patch_size", 16), root.beside(preprocessor), mean=HALF, std=HALF),
+            depth=27,
+            size=1152,
+            intermediate_size=vision.size("intermediate_size", 4304),
+            num_positions=vision.size("num_position_embeddings", 2304),
+            deepstack=vision.wholes("deepstack_visual_indexes", (8, 16, 24)),
         )
         found = cls(
             dataclasses.replace(decoder, rope=rotary),
             tower,
-            tied(config, text),
-            optional(config, "image_token_id", 151655),
+            tied(root, text),
+            root.whole("image_token_id", 151655),
         )
-        return check(found, "a Qwen3-VL model")
+        return root.settle(found, "a Qwen3-VL model")
 
     def inconsistencies(self) -> Iterator[str]:
         """What does not fit between the parts."""
-        if self.vision.out_hidden_size != self.text.hidden_size:
-            yield (
-                f"vision_config.out_hidden_size = {self.vision.out_hidden_size} must equal hidden_size = "
-                f"{self.text.hidden_size} of the decoder"
-            )
+        yield from super().inconsistencies()
         if len(self.vision.deepstack) > self.text.num_layers:
             yield (
                 f"vision_config.deepstack_visual_indexes names {len(self.vision.deepstack)} layers, but the decoder "

@@ -5,16 +5,16 @@ Frequencies and angles are float32, computed from whole positions; only the turn
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from multitap_jax.backbones.config import Section
 from multitap_jax.backbones.layers import inverse_frequencies
-from multitap_jax.config import ConfigError
 
+KINDS = ("default", "mrope", "llama3")
 Angles = tuple[jax.Array, jax.Array]  # cosine and sine, float32[B, S, 1, D / 2]
 
 
@@ -25,7 +25,15 @@ class Llama3Scaling:
     factor: float
     low_freq_factor: float
     high_freq_factor: float
-    original_max_position_embeddings: int
+    original_max_position_embeddings: float
+
+    @classmethod
+    def from_hf(cls, rope: Section) -> "Llama3Scaling":
+        """Reads the section, which has no defaults."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        if lost := [name for name in names if rope.get(name) is None]:
+            rope.wrong(f"rope_scaling of type 'llama3' lacks {', '.join(lost)}")
+        return cls(**{name: rope.number(name, 1.0) for name in names})
 
     def __call__(self, frequency: np.ndarray) -> np.ndarray:
         """float32[D / 2] -> float32[D / 2]."""
@@ -52,37 +60,29 @@ class Rope:
     scaling: Llama3Scaling | None = None
 
     @classmethod
-    def from_hf(cls, text: Mapping[str, Any], *, theta: float) -> "Rope":
+    def from_hf(cls, text: Section, *, theta: float) -> "Rope":
         """Reads `rope_scaling` + `rope_theta` (before transformers 5) or `rope_parameters` (since).
 
         Args:
           text: the text section of `config.json`.
           theta: the base where the file names none.
-
-        Raises:
-          ConfigError: a kind of scaling that is not implemented, or an incomplete one.
         """
-        rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
+        rope = text.merged("rope_scaling", "rope_parameters")
         kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ("default", "mrope", "llama3"):
-            raise ConfigError(f"rope type {kind!r} is not implemented; implemented: default, mrope, llama3")
-        scaling = None
-        if kind == "llama3":
-            names = [field.name for field in dataclasses.fields(Llama3Scaling)]
-            if lost := [name for name in names if name not in rope]:
-                raise ConfigError(f"rope_scaling of type 'llama3' lacks {', '.join(lost)}")
-            scaling = Llama3Scaling(*(rope[name] for name in names))
-        sections = rope.get("mrope_section")
-        base = rope.get("rope_theta", text.get("rope_theta"))
+        if kind not in KINDS:
+            text.wrong(f"rope type {kind!r} is not implemented; implemented: {', '.join(KINDS)}")
+        time, height, width = rope.wholes("mrope_section", (0, 0, 0), length=3)
         return cls(
-            theta=float(theta if base is None else base),
-            sections=None if sections is None else tuple(sections),
-            interleaved=bool(rope.get("mrope_interleaved", False)),
-            scaling=scaling,
+            theta=rope.number("rope_theta", text.number("rope_theta", theta)),
+            sections=(time, height, width) if rope.get("mrope_section") is not None else None,
+            interleaved=rope.flag("mrope_interleaved", False),
+            scaling=Llama3Scaling.from_hf(rope) if kind == "llama3" else None,
         )
 
     def inconsistencies(self, head_dim: int) -> Iterator[str]:
         """What does not fit a head of `head_dim`."""
+        if self.scaling is not None and self.scaling.high_freq_factor <= self.scaling.low_freq_factor:
+            yield "rope_scaling: high_freq_factor must be greater than low_freq_factor"
         if self.sections is not None and 2 * sum(self.sections) != head_dim:
             yield f"mrope_section = {list(self.sections)} must add up to half the head size {head_dim}"
         elif self.sections is not None and self.interleaved and 6 * max(self.sections[1:]) > head_dim:

@@ -4,7 +4,7 @@ Extra letters: E size of the tower, V inner size of its MLPs.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from multitap_jax.backbones.attention import Visibility, attention
+from multitap_jax.backbones.config import Section
 from multitap_jax.backbones.layers import Linear, matmul_precision, param, rotate
 from multitap_jax.backbones.rope import Angles
 
@@ -30,12 +31,11 @@ class Pixels:
     std: tuple[float, ...] = CLIP_STD
 
     @classmethod
-    def from_hf(cls, patch_size: int, preprocessor: Mapping[str, Any] | None, mean=CLIP_MEAN, std=CLIP_STD) -> "Pixels":
-        """Statistics of `preprocessor_config.json` where it names any, else those given."""
-        preprocessor = preprocessor or {}
-        return cls(
-            patch_size, tuple(preprocessor.get("image_mean") or mean), tuple(preprocessor.get("image_std") or std)
-        )
+    def from_hf(
+        cls, patch_size: int, processor: Section, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD
+    ) -> "Pixels":
+        """Statistics of the image processor's file where it names any, else those given."""
+        return cls(patch_size, processor.numbers("image_mean", mean), processor.numbers("image_std", std))
 
     @property
     def features(self) -> int:

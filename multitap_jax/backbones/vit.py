@@ -6,7 +6,7 @@ CLIP's class token. Extra letters: N views, V patches of a view.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -14,12 +14,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from multitap_jax.backbones.attention import Visibility, make_visibility
-from multitap_jax.backbones.config import expect, optional
+from multitap_jax.backbones.config import Section
 from multitap_jax.backbones.layers import LayerNorm, param, quick_gelu
 from multitap_jax.backbones.stack import Execution, collect_layers, run_layers
 from multitap_jax.backbones.vision import PatchEmbedding, Pixels, VisionAttention, VisionMLP, block_flops
 from multitap_jax.batch import PackedBatch
-from multitap_jax.config import ConfigError
 
 CLIP, SIGLIP = "clip_vision_model", "siglip_vision_model"
 # What an entry means that a file leaves out: activation, epsilon of norms, side of a patch.
@@ -60,45 +59,22 @@ class ViTConfig:
     pixels: Pixels
 
     @classmethod
-    def from_hf(
-        cls,
-        section: Mapping[str, Any] | None,
-        preprocessor: Mapping[str, Any] | None,
-        *,
-        kind: str,
-        layer: int,
-        published: Mapping[str, Any],
-    ) -> "ViTConfig":
+    def from_hf(cls, section: Section, processor: Section, *, kind: str, layer: int) -> "ViTConfig":
         """Reads `vision_config`.
 
         Args:
-          section: the section, None where the file has none.
-          preprocessor: contents of `preprocessor_config.json`, or None.
+          section: the section.
+          processor: the image processor's file.
           kind: the kind where the section names none.
           layer: which hidden state is looked at: 0 the embeddings, 1 the first layer's output, -1 the last one's.
-          published: what an absent section means.
-
-        Raises:
-          ConfigError: another kind of tower, or a layer that there is none of.
         """
-        section = published if section is None else section
-        kind = section.get("model_type", kind)
-        if kind not in _DEFAULTS:
-            raise ConfigError(
-                f"vision_config.model_type = {kind!r} is not implemented; this family has {' or '.join(_DEFAULTS)}"
-            )
+        kind = section.expect("model_type", kind, *_DEFAULTS)
         activation, eps, patch_size = _DEFAULTS[kind]
-        expect(section, "hidden_act", activation, *ACTIVATIONS)
-        expect(section, "num_channels", 3)
-        for name in ("image_size", "patch_size"):
-            if not isinstance(section.get(name, 1), int):
-                raise ConfigError(
-                    f"vision_config.{name} = {section[name]!r} is not implemented: give one side, a number"
-                )
-        stored = optional(section, "num_hidden_layers", 12)
+        section.expect("num_channels", 3)
+        stored = section.size("num_hidden_layers", 12)
         run = layer if layer >= 0 else stored + 1 + layer
         if not 0 < run <= stored:
-            raise ConfigError(
+            section.wrong(
                 f"vision_feature_layer = {layer} is no output of one of the tower's {stored} layers: choose 1 to "
                 f"{stored}, or -{stored} to -1"
             )
@@ -107,14 +83,14 @@ class ViTConfig:
             kind=kind,
             num_layers=run,
             stored_layers=stored,
-            size=optional(section, "hidden_size", 768),
-            num_heads=optional(section, "num_attention_heads", 12),
-            intermediate_size=optional(section, "intermediate_size", 3072),
-            norm_eps=float(optional(section, "layer_norm_eps", eps)),
-            activation=section.get("hidden_act", activation),
-            image_size=optional(section, "image_size", 224),
-            pooler=kind == SIGLIP and bool(section.get("vision_use_head", True)),
-            pixels=Pixels.from_hf(optional(section, "patch_size", patch_size), preprocessor, *statistics),
+            size=section.size("hidden_size", 768),
+            num_heads=section.size("num_attention_heads", 12),
+            intermediate_size=section.size("intermediate_size", 3072),
+            norm_eps=section.number("layer_norm_eps", eps),
+            activation=section.expect("hidden_act", activation, *ACTIVATIONS),
+            image_size=section.size("image_size", 224),
+            pooler=kind == SIGLIP and section.flag("vision_use_head", True),
+            pixels=Pixels.from_hf(section.size("patch_size", patch_size), processor, *statistics),
         )
 
     @property

@@ -72,7 +72,7 @@ def test_they_may_stand_anywhere_in_their_group(layers):
         ({"multitap_intermediate_states": "both"}, "multitap_intermediate_states = 'both'.*'before' or 'after'"),
         ({"text_config": {"tie_word_embeddings": True}}, "tie_word_embeddings"),
         ({"vision_config": {"hidden_act": "silu"}}, "hidden_act"),
-        ({"vision_config": {"max_num_tiles": 6}}, "max_image_tiles = 4, not 6"),
+        ({"vision_config": {"max_num_tiles": 6}}, "max_image_tiles = 4, but vision_config.max_num_tiles = 6"),
     ],
 )
 def test_what_cannot_be_used_is_said(changes, message):
@@ -83,8 +83,11 @@ def test_what_cannot_be_used_is_said(changes, message):
 @pytest.mark.parametrize(
     ("preprocessor", "message"),
     [
-        ({"size": {"height": 560, "width": 560}}, r"size = \(560, 560\), not \(28, 28\)"),
-        ({"max_image_tiles": 2}, "max_image_tiles = 2, not 4"),
+        (
+            {"size": {"height": 560, "width": 560}},
+            "size = {'height': 560, 'width': 560}, but vision_config.image_size = 28",
+        ),
+        ({"max_image_tiles": 2}, "max_image_tiles = 2, but vision_config.max_num_tiles = 4"),
         ({"resample": 7}, "resample = 7"),
         ({"image_mean": [0.5]}, "image_mean"),
     ],
