@@ -1,8 +1,8 @@
 """Checkpoints of a run: asynchronous, atomic, checked, and restored from the newest good one.
 
 The only file that imports orbax. A checkpoint is a folder named by its step with every array of the state, and as
-metadata what the run must have in common with it, and a checksum of every array. The checksum is a sum of bits modulo
-2^32, computed on the devices: it does not depend on the mesh, and a restored state that differs in one bit is refused.
+metadata what the run must have in common with it, and type and checksum of every array (`checksum.py`). A restored
+state that differs in one bit is refused; one that is good may go to another mesh, and to other types.
 """
 
 import contextlib
@@ -14,20 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from multitap_jax.checksum import by_name, checksums, on_device
 from multitap_jax.config import CheckpointConfig
 from multitap_jax.parallel.distributed import barrier, is_main_process
-from multitap_jax.parallel.mesh import path_name
 
-FORMAT = 1
+FORMAT = 2
+GOODNESS = "goodness"
 SET_ASIDE = "corrupt"
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used for this run; the message says what to do."""
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint whose files are not as they were written."""
 
 
 class SavePolicy:
@@ -61,34 +64,58 @@ class Checkpoints:
     Args:
       folder: made if need be; nothing else may be kept there.
       keep: how many of the newest stay.
+      keep_best: how many of those with the greatest goodness stay besides.
       identity: what this run and a checkpoint must have in common, as plain JSON values by dotted name.
       report: told in words what was skipped.
     """
 
     def __init__(
-        self, folder: str | Path, *, keep: int, identity: Mapping[str, Any], report: Callable[[str], None] = print
+        self,
+        folder: str | Path,
+        *,
+        keep: int,
+        keep_best: int = 0,
+        identity: Mapping[str, Any],
+        report: Callable[[str], None] = print,
     ):
         self._folder, self._identity, self._report = Path(folder).resolve(), dict(identity), report
-        policy = ocp.training.preservation_policies.LatestN(max(keep, 1))
+        policies = ocp.training.preservation_policies
+        best = policies.BestN(
+            get_metric_fn=lambda metrics: metrics[GOODNESS], n=keep_best, keep_checkpoints_without_metrics=False
+        )
         self._manager = ocp.training.Checkpointer(
-            self._folder, preservation_policy=policy, cleanup_tmp_directories=True
+            self._folder,
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(max(keep, 1)), best]),
+            cleanup_tmp_directories=True,
         )
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, good or not, ascending."""
         return sorted(checkpoint.step for checkpoint in self._manager.checkpoints)
 
-    def save(self, step: int, state: Any) -> bool:
+    def best(self) -> int | None:
+        """The step of greatest goodness, the newest of several; None where no checkpoint has one."""
+        judged = [(c.metrics[GOODNESS], c.step) for c in self._manager.checkpoints if c.metrics]
+        return max(judged)[1] if judged else None
+
+    def save(self, step: int, state: Any, goodness: float | None = None) -> bool:
         """Starts to save `state` as `step`; the arrays may be donated as soon as this returns.
+
+        Args:
+          step: finished steps.
+          state: a pytree of arrays.
+          goodness: greater is better; None where it was not judged.
 
         Returns:
           Whether there was anything to do: a step that is already saved is left as it is.
         """
         if step in self.steps():
             return False
-        arrays = _by_name(state)
-        metadata = {"format": FORMAT, "identity": self._identity, "checksums": _checksums(arrays)}
-        self._manager.save_async(step, arrays, force=True, custom_metadata=metadata)
+        arrays = by_name(state)
+        kinds = {name: x.dtype.name for name, x in arrays.items()}
+        metadata = {"format": FORMAT, "identity": self._identity, "dtypes": kinds, "checksums": checksums(arrays)}
+        metrics = None if goodness is None else {GOODNESS: goodness}
+        self._manager.save_async(step, arrays, force=True, custom_metadata=metadata, metrics=metrics)
         return True
 
     def restore(self, target: Any) -> tuple[int, Any] | None:
@@ -103,24 +130,12 @@ class Checkpoints:
           CheckpointError: the checkpoint is of another run (`identity` or parameters differ), cannot be read for a
             reason outside it (permissions, too many open files, no memory left), or all are damaged.
         """
-        steps = self.steps()
         damaged = []
-        for step in reversed(steps):
+        for step in reversed(self.steps()):
             try:
-                with _quiet():  # orbax logs what it raises; here one sentence says it
-                    metadata = self._read_metadata(step)
-                    self._check_identity(step, metadata["identity"])
-                    state = self._load(step, target, metadata["checksums"])
-            except (CheckpointError, MemoryError):
-                raise
-            except Exception as error:  # whatever a damaged file makes orbax, tensorstore or json raise
-                if _says_nothing_of_damage(error):
-                    raise CheckpointError(
-                        f"{self._folder / str(step)} could not be read now, which need not mean damage: {error}; "
-                        "nothing was changed, put the cause right and run the same command again"
-                    ) from error
-                reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-                self._report(f"checkpoint {self._folder / str(step)} is damaged and was skipped: {reason}")
+                state = self.load(step, target)
+            except DamagedError as error:
+                self._report(f"{error}, and was skipped")
                 damaged.append(step)
                 continue
             self._set_aside(damaged)
@@ -131,6 +146,30 @@ class Checkpoints:
                 "restore the folder from a copy, or remove it to start from the first step"
             )
         return None
+
+    def load(self, step: int, target: Any) -> Any:
+        """The state of one step; see `restore`.
+
+        Raises:
+          DamagedError: its files are not as they were written.
+          CheckpointError: see `restore`.
+        """
+        folder = self._folder / str(step)
+        try:
+            with _quiet():  # orbax logs what it raises; here one sentence says it
+                metadata = self._read_metadata(step)
+                self._check_identity(step, metadata["identity"])
+                return self._load(step, target, metadata)
+        except (CheckpointError, MemoryError):
+            raise
+        except Exception as error:  # whatever a damaged file makes orbax, tensorstore or json raise
+            if _says_nothing_of_damage(error):
+                raise CheckpointError(
+                    f"{folder} could not be read now, which need not mean damage: {error}; nothing was changed, put "
+                    "the cause right and run the same command again"
+                ) from error
+            reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+            raise DamagedError(f"checkpoint {folder} is damaged ({reason})") from error
 
     def wait(self) -> None:
         """Waits until everything is on disk."""
@@ -160,19 +199,21 @@ class Checkpoints:
                 + "\nuse the old values to go on with that run, or another --workdir to start a new one"
             )
 
-    def _load(self, step: int, target: Any, checksums: Mapping[str, int]) -> Any:
-        names = _by_name(target)
-        if names.keys() != checksums.keys():
-            odd = ", ".join(sorted(names.keys() ^ checksums.keys())[:5])
+    def _load(self, step: int, target: Any, metadata: Mapping[str, Any]) -> Any:
+        names, sums, kinds = by_name(target), metadata["checksums"], metadata["dtypes"]
+        if names.keys() != sums.keys():
+            odd = ", ".join(sorted(names.keys() ^ sums.keys())[:5])
             raise CheckpointError(
                 f"{self._folder / str(step)} holds other parameters than this run has: {odd}; use another --workdir"
             )
-        arrays = self._manager.load(step, names)
-        found = _checksums(arrays)
-        wrong = [name for name in names if found[name] != checksums[name]]
+        # As they were saved, so that bits can be compared; then as they are wanted.
+        saved = {name: jax.ShapeDtypeStruct(x.shape, kinds[name], sharding=x.sharding) for name, x in names.items()}
+        arrays = self._manager.load(step, saved)
+        found = checksums(arrays)
+        wrong = [name for name in names if found[name] != sums[name]]
         if wrong:
             raise ValueError(f"checksum of {wrong[0]} and {len(wrong) - 1} more arrays")
-        return jax.tree.unflatten(jax.tree.structure(target), [arrays[name] for name in names])
+        return jax.tree.unflatten(jax.tree.structure(target), [_cast(arrays[name], x) for name, x in names.items()])
 
     def _set_aside(self, steps: list[int]) -> None:
         """Frees the names of damaged steps, so that they can be saved anew; keeps the files for inspection."""
@@ -200,6 +241,10 @@ def _says_nothing_of_damage(error: Exception) -> bool:
     return any(status in str(error) for status in _OF_THE_MOMENT)
 
 
+def _cast(x: jax.Array, target: jax.ShapeDtypeStruct) -> jax.Array:
+    return x if x.dtype == target.dtype else jax.device_put(on_device(x).astype(target.dtype), target.sharding)
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     logger = logging.getLogger("absl")
@@ -209,35 +254,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
-
-
-def checksum(tree: Any) -> int:
-    """One number for all bits of all arrays and their names, the same on any mesh."""
-    total = 0
-    for name, value in sorted(_checksums(_by_name(tree)).items()):
-        total = (total * 1000003 + value + sum(name.encode())) % 2**32
-    return total
-
-
-def _by_name(tree: Any) -> dict[str, Any]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {path_name(path): leaf for path, leaf in leaves}
-
-
-@jax.jit
-def _bit_sums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    def bits(x: jax.Array) -> jax.Array:
-        unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
-        values = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-        # Weighted by place, so that the same values in another order or shape do not pass.
-        place = jnp.ones(x.shape, jnp.uint32)
-        for axis, size in enumerate(x.shape):
-            step = np.uint32((2 * size + 2 * axis + 1) * 2654435761 % 2**32)
-            place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * step
-        return jnp.sum(values * place, dtype=jnp.uint32)
-
-    return {name: bits(x) for name, x in arrays.items()}
-
-
-def _checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
-    return {name: int(np.asarray(value)) for name, value in _bit_sums(dict(arrays)).items()}

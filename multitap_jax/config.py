@@ -54,7 +54,8 @@ class ModelConfig:
     Attributes:
       checkpoint: folder of a Hugging Face model or of a multitap artefact; hub:OWNER/NAME[@REVISION] fetches one.
       dtype: computation type, "bfloat16" or "float32"; master weights are always float32.
-      remat: what the backward pass recomputes: "none", "dots" (keep matrix products), "full" (keep layer inputs only).
+      remat: what the backward pass recomputes: "none", "dots" (keep matrix products), "offload" (keep them in the
+        host's memory), "full" (keep layer inputs only).
       attention: attention backend, see `backbones/attention.py`.
       position_mode: "mrope" (the architecture's own), "flat" (one running position on all three axes, as the official
         checkpoints were trained), or "auto" (what the checkpoint says, else "mrope").
@@ -67,7 +68,7 @@ class ModelConfig:
     position_mode: str = "auto"
 
     def __post_init__(self) -> None:
-        rules = {"dtype": ("bfloat16", "float32"), "remat": ("none", "dots", "full")}
+        rules = {"dtype": ("bfloat16", "float32"), "remat": ("none", "dots", "offload", "full")}
         wrong = _problems("config.model", self, rules)
         if self.attention != "auto":
             from multitap_jax.backbones.attention import UnsupportedAttentionError, check_backend
@@ -142,6 +143,9 @@ class OptimizerConfig:
       b2: decay of the mean of their squares.
       eps: added to the root of that mean.
       clip_norm: largest norm of the gradient; 0 does not clip.
+      mean_dtype: type of the running mean of the gradients, "float32" or "bfloat16" (2 bytes a parameter less). That of
+        their squares stays float32: in bfloat16 its steps of 1 - b2 would round to nothing.
+      offload: keep both in the host's memory between the steps, where the backend can.
     """
 
     learning_rate: float = 2e-7
@@ -152,6 +156,8 @@ class OptimizerConfig:
     b2: float = 0.999
     eps: float = 1e-8
     clip_norm: float = 1.0
+    mean_dtype: str = "float32"
+    offload: bool = False
 
     def __post_init__(self) -> None:
         wrong = _problems(
@@ -163,6 +169,7 @@ class OptimizerConfig:
                 "weight_decay": (0, math.inf),
                 "eps": (0, math.inf),
                 "clip_norm": (0, math.inf),
+                "mean_dtype": ("float32", "bfloat16"),
             },
         )
         for name in ("warmup_ratio", "b1", "b2"):
@@ -217,15 +224,29 @@ class CheckpointConfig:
       every_steps: save after so many steps.
       every_minutes: save when the last one is so long ago.
       keep: how many of the newest stay.
+      keep_best: how many of the best by held-out numbers stay besides; if any, every evaluated state is saved.
+      best_by: the number that judges: "loss", "tau_b", "tau_c", "pearson", "spearman" or "accuracy".
+      final: which state becomes the artefact, the "last" or the "best" (needs keep_best).
     """
 
     every_steps: int = 500
     every_minutes: float = 15.0
     keep: int = 3
+    keep_best: int = 0
+    best_by: str = "loss"
+    final: str = "last"
 
     def __post_init__(self) -> None:
-        rules = {"every_steps": (0, math.inf), "every_minutes": (0, math.inf), "keep": (1, math.inf)}
-        _refuse(_problems("config.checkpoint", self, rules))
+        rules: dict[str, Any] = dict.fromkeys(("every_steps", "every_minutes", "keep_best"), (0, math.inf))
+        rules |= {
+            "keep": (1, math.inf),
+            "best_by": ("loss", "tau_b", "tau_c", "pearson", "spearman", "accuracy"),
+            "final": ("last", "best"),
+        }
+        wrong = _problems("config.checkpoint", self, rules)
+        if self.final == "best" and self.keep_best == 0:
+            wrong.append("config.checkpoint.final = 'best' needs config.checkpoint.keep_best = 1 or more")
+        _refuse(wrong)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,6 +262,8 @@ class TrainConfig:
       log_every: steps between two lines of metrics.jsonl.
       spike_factor: stop when the median loss of the last 9 steps is so many times that of up to 128 before; 0 never
         does (`stage1/spikes.py`).
+      profile: (first step, number of steps) to trace with jax.profiler into the folder profile/; 0 steps trace none.
+      compilation_cache: folder in which compiled programs are kept for the next start; "" keeps none.
     """
 
     model: ModelConfig = ModelConfig()
@@ -256,6 +279,8 @@ class TrainConfig:
     evaluate_every: int = 200
     log_every: int = 10
     spike_factor: float = 10.0
+    profile: tuple[int, int] = (1, 0)
+    compilation_cache: str = ""
 
     def __post_init__(self) -> None:
         rules: dict[str, Any] = dict.fromkeys(("batch_size", "accumulation", "epochs", "log_every"), (1, math.inf))
@@ -263,6 +288,8 @@ class TrainConfig:
         wrong = _problems("config", self, rules)
         if 0 < self.spike_factor <= 1:
             wrong.append(f"config.spike_factor = {self.spike_factor}: expected more than 1, or 0 for no watch")
+        if min(self.profile) < 0:
+            wrong.append(f"config.profile = {self.profile}: expected (first step, number of steps), 0 or more each")
         _refuse(wrong)
 
 

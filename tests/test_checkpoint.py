@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from multitap_jax.checkpoint import CheckpointError, Checkpoints, SavePolicy, checksum
+from multitap_jax.checkpoint import CheckpointError, Checkpoints, SavePolicy
+from multitap_jax.checksum import checksum
 from multitap_jax.config import CheckpointConfig, MeshConfig
 from multitap_jax.parallel.mesh import make_mesh
 

@@ -58,7 +58,7 @@ def test_the_official_recipes_are_what_the_paper_notes_say():
         ({"data": {"target_range": (5.0, 1.0)}}, r"config\.data\.target_range = \(5\.0, 1\.0\)"),
         ({"data": {"max_length": 0, "shuffle": "all"}}, r"(?s)shuffle = 'all'.*max_length = 0: expected 1 or more"),
         ({"model": {"dtype": "float16", "attention": "flash"}}, r"(?s)dtype = 'float16'.*config\.model\.attention"),
-        ({"model": {"remat": "some"}}, r"config\.model\.remat = 'some': expected one of none, dots, full"),
+        ({"model": {"remat": "some"}}, r"config\.model\.remat = 'some': expected one of none, dots, offload, full"),
         ({"trainable": {"parts": "vision"}}, r"parts = 'vision': expected one of full, head, text, lora"),
         ({"trainable": {"lora_rank": 0}}, r"config\.trainable\.lora_rank = 0: expected 1 or more"),
         ({"checkpoint": {"keep": 0}}, r"config\.checkpoint\.keep = 0"),

@@ -14,6 +14,7 @@ from multitap_jax.backbones.attention import check_backend
 _POLICIES = {
     # Keep the products with weights (the dear part), recompute norms, activations and attention scores.
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -24,7 +25,8 @@ class Execution:
 
     Attributes:
       dtype: computation type, "float32" or "bfloat16"; norms, softmax and rotary angles stay float32.
-      remat: what the backward pass recomputes: "none", "dots" (all but weight products), "full" (all of a layer).
+      remat: what the backward pass recomputes: "none", "dots" (all but weight products), "offload" (the same, and
+        the products wait in the memory of the host), "full" (all of a layer).
       attention: attention backend, a name of `attention.BACKENDS`, or "auto", the fastest for platform and length.
       layers: "scan" compiles one layer; "loop" unrolls them (for debugging; same values).
       mesh: where the parameters are sharded; activations are then held to the batch's sharding, so that weights are

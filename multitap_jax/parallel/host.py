@@ -28,3 +28,14 @@ def keep_freed_memory() -> None:
 def hush_transformers() -> None:
     """To be called before transformers is imported: it is here for its tokenizers, and advises to install torch."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
+def keep_compiled_programs(folder: str) -> None:
+    """Lets this process find programs that an earlier one compiled, and leave its own, in `folder`; "" changes nothing.
+
+    JAX_COMPILATION_CACHE_DIR does the same for every verb.
+    """
+    if folder:
+        import jax  # here, so that the program's help does not wait for it
+
+        jax.config.update("jax_compilation_cache_dir", folder)

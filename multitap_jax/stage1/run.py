@@ -1,7 +1,6 @@
 """A stage-1 run from files to artefact: records -> packed datasets -> model on a mesh -> loop -> saved artefact."""
 
 import json
-import platform
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,7 @@ import jax
 from flax import nnx
 from rich.console import Console
 
-from multitap_jax import __version__
-from multitap_jax.config import ConfigError, TrainConfig, to_dict
+from multitap_jax.config import ConfigError, TrainConfig
 from multitap_jax.data.pipeline import PackedDataset
 from multitap_jax.data.prepare import prepare
 from multitap_jax.data.processing import Contract, Processing
@@ -21,11 +19,13 @@ from multitap_jax.data.tables import REJECTED_NAME, find_records_file
 from multitap_jax.families import read_config
 from multitap_jax.files import sole_writer
 from multitap_jax.parallel.distributed import is_main_process
+from multitap_jax.parallel.host import keep_compiled_programs
 from multitap_jax.parallel.mesh import make_mesh, param_shardings
 from multitap_jax.reward import RewardHead, RewardModel
 from multitap_jax.scoring.artefact import Artefact
 from multitap_jax.scoring.manifest import MANIFEST, Overall
 from multitap_jax.scoring.progress import progress_bar
+from multitap_jax.stage1.record import provenance
 from multitap_jax.stage1.rejects import FLAGS, Rejects
 from multitap_jax.stage1.train import CHECKPOINTS, TrainResult, train
 from multitap_jax.stage1.trainable import add_lora, merge_lora
@@ -61,6 +61,7 @@ def _run(config: TrainConfig, workdir: Path, console: Console) -> RunResult:
     if not config.model.checkpoint or not config.data.train:
         missing = "model.checkpoint" if not config.model.checkpoint else "data.train"
         raise ConfigError(f"config.{missing} is empty; give it as --config.{missing}=PATH")
+    keep_compiled_programs(config.compilation_cache)
     checkpoint = locate(config.model.checkpoint)
     base = checkpoint.folder
     mesh = make_mesh(config.mesh)
@@ -91,8 +92,8 @@ def _run(config: TrainConfig, workdir: Path, console: Console) -> RunResult:
         console.print(f"[bold]{lost} records lost their picture during the run[/] and did not count: {REJECTED_NAME}")
     if not result.finished:
         return RunResult(result, None)
-    provenance = _provenance(config, dataset)
-    if (saved := _finished_before(workdir / "artefact", result, provenance)) is not None:
+    origin = provenance(config, dataset.fingerprint, dataset.num_steps)
+    if (saved := _finished_before(workdir / "artefact", result, origin)) is not None:
         console.print(f"{saved.folder} is from this run and stays as it is")
         return RunResult(result, saved)
     artefact = Artefact.save(
@@ -103,19 +104,19 @@ def _run(config: TrainConfig, workdir: Path, console: Console) -> RunResult:
         overall=Overall(target=config.data.target, target_range=config.data.target_range),
         source=checkpoint.name,
         revision=checkpoint.revision,
-        provenance=provenance,
+        provenance=origin,
         overwrite=True,
     )
     console.print(f"saved {artefact.folder}")
     return RunResult(result, artefact)
 
 
-def _finished_before(folder: Path, result: TrainResult, provenance: dict[str, Any]) -> Artefact | None:
+def _finished_before(folder: Path, result: TrainResult, origin: dict[str, Any]) -> Artefact | None:
     """The artefact of an earlier end of this run, which may have ridge heads by now; None if there is none."""
     if result.steps_now or not (folder / MANIFEST).is_file():
         return None
     saved = Artefact.open(folder)
-    return saved if saved.manifest.provenance == json.loads(json.dumps(provenance)) else None
+    return saved if saved.manifest.provenance == json.loads(json.dumps(origin)) else None
 
 
 def _contract(config: TrainConfig, base: Path) -> Contract:
@@ -202,12 +203,3 @@ def _model(config: TrainConfig, base: Path, mesh: jax.sharding.Mesh) -> RewardMo
     if config.trainable.parts == "lora":
         add_lora(model, config.trainable, nnx.Rngs(config.seed + 1))
     return jax.device_put(model, param_shardings(model, mesh))
-
-
-def _provenance(config: TrainConfig, dataset: PackedDataset) -> dict[str, Any]:
-    return {
-        "config": to_dict(config),
-        "data": dataset.fingerprint,
-        "steps": dataset.num_steps,
-        "versions": {"multitap_jax": __version__, "jax": jax.__version__, "python": platform.python_version()},
-    }

@@ -38,24 +38,34 @@ class TrainState:
     opt_state: Any
 
 
-def abstract_state(partition: Partition, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Shapes, types and placement of a run's state, as `jax.ShapeDtypeStruct`s: what a checkpoint is restored onto."""
+def abstract_state(
+    partition: Partition, optimizer: optax.GradientTransformation, mesh: Mesh, *, offload: bool = False
+) -> TrainState:
+    """Shapes, types and placement of a run's state, as `jax.ShapeDtypeStruct`s: what a checkpoint is restored onto.
+
+    With `offload` the moments lie in the memory of the host.
+    """
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), partition.trainable)
     placed = param_shardings(partition.trainable, mesh)
     opt_state, opt_placed = state_shardings(optimizer, params, placed, replicated(mesh))
+    if offload:
+        put = lambda x, sharding: sharding.with_memory_kind("pinned_host") if x.ndim else sharding
+        opt_placed = jax.tree.map(put, opt_state, opt_placed)
     shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state)
     shardings = TrainState(replicated(mesh), placed, opt_placed)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
-def init_state(partition: Partition, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def init_state(
+    partition: Partition, optimizer: optax.GradientTransformation, mesh: Mesh, *, offload: bool = False
+) -> TrainState:
     """The state before the first step, placed on the mesh; copies, so that the partition outlives donation."""
 
     def build(trainable: nnx.State) -> TrainState:
         params = jax.tree.map(lambda x: x.astype(jnp.float32), trainable)
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(partition, optimizer, mesh))
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(partition, optimizer, mesh, offload=offload))
     trainable = jax.device_put(partition.trainable, shardings.trainable)
     return jax.jit(build, out_shardings=shardings)(trainable)
 
@@ -105,6 +115,7 @@ def make_train_step(
     mesh: Mesh,
     *,
     accumulation: int = 1,
+    offload: bool = False,
 ) -> Callable[[TrainState, nnx.State, PackedBatch], tuple[TrainState, Metrics]]:
     """Compiles `step(state, frozen, batch) -> (state, metrics)`; the given state is donated.
 
@@ -116,7 +127,8 @@ def make_train_step(
     `finite`, bool[]; `bad`, bool[B, K]: pairs whose logit is not finite.
     """
     shards, execution = batch_shards(mesh), dataclasses.replace(execution, mesh=mesh)
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(partition, optimizer, mesh))
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(partition, optimizer, mesh, offload=offload))
+    near = jax.tree.map(lambda x: x.sharding, abstract_state(partition, optimizer, mesh).opt_state)
 
     def loss(trainable: nnx.State, frozen: nnx.State, cell: PackedBatch) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         logits = forward(nnx.merge(partition.graph, trainable, frozen), cell, execution)
@@ -145,6 +157,8 @@ def make_train_step(
         norm, mean = optax.global_norm(grads), total / pairs
         finite = jnp.isfinite(mean) & jnp.isfinite(norm)
         update = finite & (count > 0)
+        if offload:
+            state = dataclasses.replace(state, opt_state=jax.device_put(state.opt_state, near))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         new = TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), opt_state)
         logits = join_cells(logits)

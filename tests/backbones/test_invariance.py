@@ -91,6 +91,7 @@ def test_execution_changes_no_value(backbone, setting):
 EXECUTIONS = {
     "dots": Execution(remat="dots"),
     "full": Execution(remat="full"),
+    "offload": Execution(remat="offload"),
     "loop, full": Execution(layers="loop", remat="full"),
     "blockwise, full": Execution(attention="blockwise", remat="full"),
 }

@@ -1,4 +1,4 @@
-"""A run of the toy in a process of its own; with KILL=k it dies by SIGKILL while taking batch k."""
+"""A run of the toy in a process of its own: WORKDIR KILL DEVICES STEPS; it dies by SIGKILL while taking batch KILL."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ class Deadly(ToyDataset):
         return super().batch(step)
 
 
-def main(workdir: Path, kill: int, devices: int) -> None:
+def main(workdir: Path, kill: int, devices: int, steps: int) -> None:
     jax.config.update("jax_num_cpu_devices", devices)
     config = TrainConfig(
         optimizer=OptimizerConfig(learning_rate=1e-2, schedule="cosine"),
@@ -34,11 +34,11 @@ def main(workdir: Path, kill: int, devices: int) -> None:
         checkpoint=CheckpointConfig(every_steps=2, keep=2),
         log_every=1,
     )
-    dataset = Deadly()
+    dataset = Deadly(num_steps=steps)
     dataset.kill = kill
     result = train(config, workdir, toy_model(), dataset)
     np.savez(workdir / "final.npz", *map(np.asarray, jax.tree.leaves(result.model)))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

@@ -1,0 +1,151 @@
+"""The steps of a run, in an order that never changes: evaluate the old state, save it, take the next batch, step, log.
+
+So a checkpoint at step k always means: k batches used, evaluated if due, and batch k not yet taken.
+"""
+
+import contextlib
+import dataclasses
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from multitap_jax.batch import PackedBatch
+from multitap_jax.checkpoint import Checkpoints, SavePolicy
+from multitap_jax.config import TrainConfig
+from multitap_jax.flops import Work
+from multitap_jax.parallel.distributed import agree
+from multitap_jax.parallel.mesh import shard_batch
+from multitap_jax.stage1.metrics import MetricsLog, Recorder, agreement
+from multitap_jax.stage1.profiling import Profile
+from multitap_jax.stage1.progress import Display, brief
+from multitap_jax.stage1.step import Metrics, TrainState
+
+
+class Dataset(Protocol):
+    """What the loop needs of `PackedDataset`. Every process gets the same whole batches, all of one shape."""
+
+    num_steps: int
+    fingerprint: str
+
+    def loader(self, start_step: int = 0) -> Iterator[PackedBatch]:
+        """Batches from `start_step` on."""
+        ...
+
+    def record_ids(self, step: int) -> list[str]:
+        """Ids of the records of a step, as `PackedBatch.record` indexes them."""
+        ...
+
+
+@dataclasses.dataclass
+class Loop:
+    """What the steps of a run work with; `run` does them.
+
+    Attributes:
+      config: cadences are read.
+      mesh: where everything lies.
+      dataset, eval_dataset: every step of every epoch; held-out pairs, one pass, or None.
+      train_step, eval_step: compiled, see `step.py`.
+      frozen: what does not learn.
+      checkpoints, policy: where to save, and when.
+      log, recorder, display, profile: what is written and shown.
+      count: the work of a batch.
+      check: called with each batch taken, before it is used; what it raises stops the run.
+    """
+
+    config: TrainConfig
+    mesh: Mesh
+    dataset: Dataset
+    eval_dataset: Dataset | None
+    train_step: Callable[[TrainState, nnx.State, PackedBatch], tuple[TrainState, Metrics]]
+    eval_step: Callable[[nnx.State, nnx.State, PackedBatch], jax.Array]
+    frozen: nnx.State
+    checkpoints: Checkpoints
+    policy: SavePolicy
+    log: MetricsLog
+    recorder: Recorder
+    display: Display
+    profile: Profile
+    count: Callable[[PackedBatch], Work]
+    check: Callable[[], None]
+
+    def run(self, step: int, state: TrainState, asked_to_stop: threading.Event) -> tuple[int, TrainState]:
+        """Goes on after `step` steps until all are done or somebody asks to stop; the last state is saved."""
+        total, start, batches = self.dataset.num_steps, step, self.dataset.loader(step)
+        while True:
+            done = step >= total
+            stop, timed = self._agree(step, asked_to_stop.is_set() and not done, done)
+            judged = not stop and self._judge(step, state, done)
+            if stop or done or timed or (judged and self.config.checkpoint.keep_best) or self.policy.due_by_step(step):
+                self.recorder.settle()
+                self.checkpoints.save(step, state, self._goodness(step))
+                self.policy.saved()
+            if stop or done:
+                return step, state
+            batch = next(batches)
+            self.check()
+            self.profile.before(step)
+            with self.recorder.paused() if step == start else contextlib.nullcontext():  # the first call compiles
+                state, metrics = self.train_step(state, self.frozen, shard_batch(batch, self.mesh))
+            self.recorder.add(step, metrics, np.asarray(batch.record), self.count(batch))
+            step += 1
+            if said := self.profile.after(step, metrics):
+                self.display.say(said)
+            self.display.advance(step)
+            if step % self.config.log_every == 0 or step == total:
+                line = self.recorder.line()
+                self.log.add(step, **line)
+                self.display.numbers(step, line)
+
+    def _agree(self, step: int, stop: bool, done: bool) -> tuple[bool, bool]:
+        """Whether to stop and whether it is time to save; processes ask each other only now and then."""
+        timed = self.policy.due_by_time()
+        if jax.process_count() > 1 and step % self.config.log_every and not done:
+            return False, False
+        return agree(stop, timed)
+
+    def _judge(self, step: int, state: TrainState, done: bool) -> bool:
+        """Evaluates the state on held-out pairs if that is due and was not done before; whether it was."""
+        every = self.config.evaluate_every
+        due = done or (every > 0 and step % every == 0)
+        if self.eval_dataset is None or not due or step in self.log.evaluations():
+            return False
+        self.recorder.settle()
+        with self.recorder.paused():
+            scores, targets = [], []
+            for batch in self.eval_dataset.loader():
+                logits = self.eval_step(state.trainable, self.frozen, shard_batch(batch, self.mesh))
+                counted = np.asarray(batch.weight) > 0
+                scores.append(1 / (1 + np.exp(-np.asarray(logits, np.float32)[counted].astype(np.float64))))
+                targets.append(np.asarray(batch.target)[counted])
+            numbers = agreement(np.concatenate(scores), np.concatenate(targets))
+        self.log.add(step, evaluation=numbers)
+        self.display.say(f"step {step}/{self.dataset.num_steps}  held out: {brief(numbers)}")
+        return True
+
+    def _goodness(self, step: int) -> float | None:
+        """What the state of `step` is worth by its held-out numbers: greater is better; None without any."""
+        name = self.config.checkpoint.best_by
+        value = self.log.evaluations().get(step, {}).get(name)
+        if value is None or not np.isfinite(value):
+            return None
+        return -value if name == "loss" else value
+
+
+@contextlib.contextmanager
+def sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets; outside of the main thread, where Python cannot listen, it is never set."""
+    received = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: received.set())
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before)
