@@ -8,7 +8,7 @@ another scale than 0 to 1, or under another name than score, are trained on with
 
       --config.data.target=ratings.realism --config.data.target_range='(1, 5)'
 
-The run writes to --workdir: config.json, metrics.jsonl, rejected.jsonl, checkpoints/, and at the end artefact/, which
+The run writes to --workdir: run.json, metrics.jsonl, rejected.jsonl, checkpoints/, and at the end artefact/, which
 `score`, `embed`, `fit` and `export` take as --checkpoint. The same command resumes after any interruption.
 """
 
