@@ -14,6 +14,7 @@ from multitap_jax.scoring.exports.official import HEAD, PREFIX, official_contrac
 from multitap_jax.scoring.manifest import MANIFEST, ArtefactError
 from multitap_jax.scoring.saving import CONFIG, Contents, companion_files, write_artefact
 from multitap_jax.weights.files import stored_tensors
+from multitap_jax.weights.finite import FiniteCheck
 from multitap_jax.weights.hashing import folder_hash
 from multitap_jax.weights.hub import backbone_tensors
 from multitap_jax.weights.mapping import WeightError
@@ -79,8 +80,9 @@ def import_official(
     )
 
     def write_weights(new: Path) -> None:
-        headers = {key: (tensor.shape, tensor.dtype) for key, tensor in backbone.items()}
-        write_folder(new, headers, _values(backbone), max_shard_bytes)
+        headers, finite = {key: (tensor.shape, tensor.dtype) for key, tensor in backbone.items()}, FiniteCheck()
+        write_folder(new, headers, _values(backbone, finite), max_shard_bytes)
+        finite.judge(folder)
 
     def check(new: Path) -> None:
         Processing.from_folder(new, contract)  # tokenizer and configuration belong together, or nothing is written
@@ -89,9 +91,11 @@ def import_official(
     return Artefact(Path(out), manifest)
 
 
-def _values(tensors: Mapping[str, Stored]) -> Iterator[tuple[str, np.ndarray]]:
+def _values(tensors: Mapping[str, Stored], finite: FiniteCheck) -> Iterator[tuple[str, np.ndarray]]:
     for key, tensor in tensors.items():
-        yield key, tensor.read()
+        value = tensor.read()
+        finite(tensor, value)
+        yield key, value
 
 
 def _check_layout(folder: Path, tensors: Mapping[str, Stored]) -> None:
