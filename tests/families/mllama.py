@@ -1,7 +1,6 @@
 """Llama-3.2-Vision as transformers has it, tiny: tiles of 28 pixels, two groups of three decoder layers."""
 
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -184,14 +183,6 @@ def packed_cells(folder: Path, cells: int) -> PackedBatch:
     here = batch.record >= 0
     target = np.random.default_rng(0).random(batch.record.shape).astype(np.float32)
     return batch._replace(target=np.where(here, target, 0).astype(np.float32), weight=here.astype(np.float32))
-
-
-def write_without_weights(folder: Path) -> Path:
-    """Configuration, image processor and tokenizer of the oracle: all that processing reads."""
-    (folder / "config.json").write_text(json.dumps(oracle().config))
-    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
-    tokenizer().save_pretrained(folder)
-    return folder
 
 
 def cases() -> list[Case]:
