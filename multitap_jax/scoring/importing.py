@@ -42,7 +42,7 @@ def import_official(
       out: the artefact to write.
       base: the backbone's own folder (or hub:OWNER/NAME): tokenizer and processor, which the official checkpoints lack.
       prompt, position_mode, image_policy: how the weights were trained. "auto" is what `multitap_contract.json` in the
-        folder says, else what the official code does: official-train, flat positions, the family's image policy.
+        folder says, else what the official code does: official-train, flat positions, pictures squeezed to 560 x 560.
       max_shard_bytes: the largest file, but for a single tensor that is larger.
       overwrite: replace an artefact at `out`.
 
@@ -112,7 +112,7 @@ def _check_layout(folder: Path, tensors: Mapping[str, Stored]) -> None:
 def _contract(folder: Path, config_folder: Path, chosen: Mapping[str, str]) -> Contract:
     if not (config_folder / CONFIG).is_file():
         raise ArtefactError(f"{folder}: has no {CONFIG}; give the backbone's own folder: --base=FOLDER")
-    saved = read_contract(folder) or official_contract(read_config(config_folder)[0])
+    saved = read_contract(folder) or official_contract(*read_config(config_folder))
     return dataclasses.replace(saved, **chosen)
 
 

@@ -93,18 +93,18 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def inputs(
-    tokenizer: Any, rendered: str, images: Sequence[Image.Image], *, side: int | None = None
+    tokenizer: Any, rendered: str, images: Sequence[Image.Image], *, side: int | None = None, **padding: Any
 ) -> dict[str, np.ndarray]:
     """What MllamaProcessor gives when it is called as the official code calls it: the first token comes twice.
 
-    With `side` pictures are stretched first, as the official evaluation does.
+    With `side` pictures are stretched first, as the official evaluation does; `padding` is for the processor.
     """
     if side is not None:
         images = [image.resize((side, side), Image.Resampling.BICUBIC) for image in images]
     options = {key: value for key, value in PREPROCESSOR.items() if key != "image_processor_type"}
     processor = MllamaProcessor(MllamaImageProcessorPil(**options), tokenizer)
     pictures = [list(images)] if images else None
-    return dict(processor(images=pictures, text=[rendered], return_tensors="np"))
+    return dict(processor(images=pictures, text=[rendered], return_tensors="np", **padding))
 
 
 def oracle(*, side: int | None = None, **changes: Any) -> Oracle:

@@ -72,9 +72,19 @@ def test_stretched_pictures_equal_the_processor(size):
         assert np.array_equal(found, expected[..., :seen, :seen])
 
 
-@pytest.mark.parametrize("policy", ["square:560", "crop:224", "native:784:7840"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("square", [30, 80])
+def test_other_squares_are_brought_to_the_tower_by_the_processor(size, square):
+    image = picture(*size)
+    clip = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    values = clip(images=[image.resize((square, square))], return_tensors="np")["pixel_values"]
+    found = pixels(ViewLayout(f"square:{square}", 14, SIDE), image)
+    assert np.array_equal(found, np.round(raw(values, CLIP_MEAN, CLIP_STD)))
+
+
+@pytest.mark.parametrize("policy", ["crop:224", "native:784:7840"])
 def test_a_policy_that_the_tower_cannot_take_says_which_it_can(policy):
-    with pytest.raises(ImageError, match=r"write (square|crop):336|pictures are square or crop"):
+    with pytest.raises(ImageError, match=r"write crop:336|pictures are square or crop"):
         ViewLayout(policy, 14, 336)
 
 
