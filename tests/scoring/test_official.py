@@ -98,9 +98,72 @@ def test_everything_that_is_wrong_is_said_at_once(official, tmp_path):
         "unknown: value_head.weight",
         "missing: backbone_model.visual.merger.mlp.0.bias [128]",
         "wrong shape: backbone_model.model.language_model.norm.weight [63] float32, expected [64]",
-        "has no tokenizer: give the backbone's own folder, --base=FOLDER",
+        "has no tokenizer; give the backbone's own folder: --base=FOLDER",
     ):
         assert problem in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def shards_of(tensors, folder):
+    """Two files, the head's in the second."""
+    names = sorted(tensors)
+    folder.mkdir()
+    for number, keys in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), start=1):
+        save_file({key: tensors[key] for key in keys}, folder / f"model-{number:05d}-of-00002.safetensors")
+    return folder / "model-00001-of-00002.safetensors", folder / "model-00002-of-00002.safetensors"
+
+
+def test_broken_files_hide_nothing_else(official, tmp_path):
+    """Shard missing or cut off, base folder missing or empty, head mis-shaped: one message."""
+    _, base, folder = official
+    tensors = load_file(folder / "model.safetensors")
+    tensors["reward_head.weight"] = np.zeros((2, 64), np.float32)
+    first, _ = shards_of(tensors, tmp_path / "in")
+    first.write_bytes(first.read_bytes()[:-8])
+    (tmp_path / "empty").mkdir()
+    head = "reward_head.weight: [2, 64], expected [1, {}]"
+    cut = f"{first.name} is not a whole safetensors file (truncated: it has"
+    no_config = f"no config.json in {tmp_path / 'in'} or {tmp_path / 'empty'}; give the backbone's own folder"
+    cases = {
+        tmp_path / "absent": (
+            cut,
+            f"{tmp_path / 'absent'}: no such folder",
+            f"no config.json in {tmp_path / 'in'};",
+            head.format("H"),
+        ),
+        tmp_path / "empty": (cut, no_config, f"{tmp_path / 'empty'} has no tokenizer", head.format("H")),
+        base: (cut, head.format(64)),
+    }
+    for given, expected in cases.items():
+        message = problems_of(tmp_path, given)
+        assert all(problem in message for problem in expected), message
+        assert "missing" not in message  # what a broken file holds is not known
+    first.unlink()
+    assert f"{first.name} is missing" in problems_of(tmp_path, base)
+    assert head.format(64) in problems_of(tmp_path, base)
+    for path in (tmp_path / "in").iterdir():
+        path.unlink()
+    message = problems_of(tmp_path, tmp_path / "empty")
+    assert "has no model.safetensors and no shards of it" in message
+    assert no_config in message
+    with pytest.raises(ArtefactError, match=r"(?s)nowhere: no such folder.*absent: no such folder"):
+        import_official(tmp_path / "nowhere", tmp_path / "out", base=tmp_path / "absent")
+
+
+def problems_of(folder, base) -> str:
+    with pytest.raises(ArtefactError) as caught:
+        import_official(folder / "in", folder / "out", base=base)
+    assert not (folder / "out").exists()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "chosen", [{"image_policy": "square:55"}, {"image_policy": "tiles:4"}, {"prompt": "x"}], ids=str
+)
+def test_a_contract_that_the_model_cannot_take_writes_nothing(official, tmp_path, chosen):
+    _, base, folder = official
+    with pytest.raises(ValueError, match="square:55: the side must be|are square or native|'x'"):
+        import_official(folder, tmp_path / "out", base=base, **chosen)
     assert not (tmp_path / "out").exists()
 
 
@@ -108,7 +171,7 @@ def test_folders_that_cannot_be_imported(official, tmp_path):
     _, base, folder = official
     with pytest.raises(ArtefactError, match=r"without a reward head.*multitap train --config"):
         import_official(base, tmp_path / "out")
-    with pytest.raises(ArtefactError, match=r"has no config\.json; give the backbone's own folder: --base=FOLDER"):
+    with pytest.raises(ArtefactError, match=r"no config\.json in .*; give the backbone's own folder: --base=FOLDER"):
         import_official(folder, tmp_path / "out")
     artefact = import_official(folder, tmp_path / "artefact", base=base)
     with pytest.raises(ArtefactError, match="is an artefact already"):
