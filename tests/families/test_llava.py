@@ -17,6 +17,7 @@ from multitap_jax.data.stream import Pair
 from multitap_jax.data.views import ViewLayout
 from multitap_jax.families import FAMILIES, read_config
 from multitap_jax.weights.hub import load_backbone
+from tests.families.checks import check_mesh, check_score, check_weights
 from tests.families.common import (
     TOLERANCE,
     batches,
@@ -25,21 +26,9 @@ from tests.families.common import (
     conversation,
     picture,
     torch_inputs,
-    torch_states,
 )
 from tests.families.llava import PAIRS, SIDE, WIDE, llama_tokenizer, oracle, processor
-from tests.families.llava_checks import (
-    SIZES,
-    check_adapters,
-    check_flops,
-    check_meshes,
-    check_round_trip,
-    check_score,
-    check_transformers_opens,
-    pixels,
-    raw,
-    save_artefact,
-)
+from tests.families.llava_checks import HUB, SIZES, check_adapters, check_flops, check_transformers_opens, pixels, raw
 
 CROP = f"crop:{SIDE}"
 
@@ -185,22 +174,17 @@ def check_tower(torch_model, folder, layers):
 
 
 def test_weights_come_and_go_in_every_spelling(model, tmp_path):
-    check_round_trip(*model[1:], tmp_path)
+    check_weights(*model, tmp_path, hub=HUB, unused=("lm_head.", "post_layernorm", ".layers.2."))
 
 
 def test_an_artefact_scores_and_opens_in_transformers(model, tmp_path):
     """With what no score needs: the tower's last layer, its last norm, the output head."""
-    reference, torch_model, folder = model
-    contract = contract_of(folder, image_policy=CROP)
-    artefact = save_artefact(folder, tmp_path / "artefact", contract)
-    check_transformers_opens(torch_model, artefact.folder)
-    pairs = [pair for pair in PAIRS if pair.images]
-    check_score(artefact.folder, pairs, torch_states(reference, torch_model, pairs, contract), tmp_path)
+    artefact = check_score(*model, tmp_path, [pair for pair in PAIRS if pair.images], image_policy=CROP)
+    check_transformers_opens(model[1], artefact)
 
 
 def test_one_device_and_eight(model):
-    pairs = [Pair((picture(40 + 5 * i, 60, i),), f"a red ball {i}") for i in range(8)]
-    check_meshes(model[2], pairs, contract_of(model[2]))
+    check_mesh(model[2], [Pair((picture(40 + 5 * i, 60, i),), f"a red ball {i}") for i in range(8)], gradient=True)
 
 
 def test_adapters(model):

@@ -7,8 +7,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from multitap_jax import cli
+from multitap_jax.data.stream import Pair
 from multitap_jax.scoring.importing import import_official
 from multitap_jax.scoring.scorer import Scorer
+from tests.families.checks import score_verb
 from tests.families.official import PICTURES, RECIPES, TEXTS
 
 
@@ -35,35 +37,17 @@ def sharded(source, folder, *, index: bool, rename=lambda name: name):
     return folder
 
 
-def write_pairs(folder):
-    lines = []
-    for number, (image, text) in enumerate(zip(PICTURES, TEXTS, strict=True)):
-        image.save(folder / f"{number}.png")
-        lines.append(json.dumps({"id": str(number), "image": f"{number}.png", "text": text}))
-    (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n")
-    return folder / "pairs.jsonl"
-
-
-def run(*arguments) -> int:
-    return cli.main([str(argument) for argument in arguments])
-
-
-def verb_scores(artefact, folder) -> np.ndarray:
-    out = folder / "scores.jsonl"
-    assert run("score", f"--checkpoint={artefact}", f"--input={write_pairs(folder)}", f"--output={out}") == 0
-    return np.asarray([json.loads(line)["score"] for line in out.read_text().splitlines()])
-
-
 @pytest.mark.parametrize("prompt, older", [("official-train", True), ("official-eval", False)])
 def test_import_and_score_give_the_official_scores(official, tmp_path, prompt, older):
     recipe, model, base, whole = official
     renamed = {"rename": recipe.rename} if older else {}
     folder, out = sharded(whole, tmp_path / "shards", index=older, **renamed), tmp_path / "artefact"
     flags = (f"--checkpoint={folder}", f"--base={base}", f"--prompt={prompt}", f"--image_policy=square:{recipe.side}")
-    assert run("import", *flags, f"--output={out}") == 0
+    assert cli.main(["import", *flags, f"--output={out}"]) == 0
     expected = recipe.scores(model, prompt)
+    pairs = [Pair((image,), text) for image, text in zip(PICTURES, TEXTS, strict=True)]
     assert np.ptp(expected) > 0.05
-    np.testing.assert_allclose(verb_scores(out, tmp_path), expected, atol=5e-6, rtol=0)
+    np.testing.assert_allclose(score_verb(out, pairs, tmp_path), expected, atol=5e-6, rtol=0)
 
 
 def test_positions_matter(tmp_path):
