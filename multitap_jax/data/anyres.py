@@ -67,10 +67,9 @@ class AnyresLayout(ViewLayout):
         return down, across, rows, columns
 
     def cut(self, image: Image.Image, grid: Grid) -> np.ndarray:
-        side = self.image_size
-        views = [image.resize((side, side), Image.Resampling.BICUBIC)]
+        views = [self._squeezed(image)]
         if self.tiled:
-            down, across = grid[:2]
+            (down, across), side = grid[:2], self.image_size
             large = fit_on_black(image, (down * side, across * side))
             corners = [(row * side, column * side) for row in range(down) for column in range(across)]
             views += [large.crop((left, top, left + side, top + side)) for top, left in corners]

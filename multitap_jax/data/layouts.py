@@ -30,7 +30,8 @@ MODES = ("mrope", "flat")
 class ImagePolicy:
     """How a picture gets its size.
 
-    "square:SIDE" stretches every picture to SIDE x SIDE, bicubic, as the official evaluation does (SIDE = 560).
+    "square:SIDE" stretches every picture to SIDE x SIDE, bicubic, as the official evaluation does (SIDE = 560); a model
+    of another size gets what its image processor makes of that.
     "native:MIN_PIXELS:MAX_PIXELS" keeps the aspect ratio and the number of pixels within bounds, as the Qwen2-VL
     processor does.
     "tiles:MAX_TILES" keeps the aspect ratio and cuts the picture into at most that many tiles of the model's size, as

@@ -16,7 +16,8 @@ Size = tuple[int, int]  # height, width
 class ViewLayout(Layout):
     """One view a picture, all of whose patches are tokens, in row-major order.
 
-    The grid is empty: all pictures have the same.
+    The grid is empty: all pictures have the same. "square:SIDE" stretches every picture to SIDE x SIDE, bicubic, and
+    brings that to the model's size, bicubic again where it is another one, as the official code's LLaVA does.
 
     Args:
       policy: an ImagePolicy or its text, of a kind among `kinds`.
@@ -24,7 +25,7 @@ class ViewLayout(Layout):
       image_size: pixels a side of a view; what does not fill a patch at the right and at the bottom is cut off.
 
     Raises:
-      ImageError: another side than the model's, or another kind of policy.
+      ImageError: a crop of another side than the model's, or another kind of policy.
     """
 
     kinds: tuple[str, ...] = ("square", "crop")
@@ -34,20 +35,26 @@ class ViewLayout(Layout):
         self.patch_size, self.image_size, self.side = patch_size, image_size, image_size // patch_size
         self.block = (self.side**2, self.side**2)
         check_kind(self.policy, *self.kinds)
-        if self.policy.kind in ("square", "crop") and self.policy.numbers[0] != image_size:
+        if self.policy.kind == "crop" and self.policy.numbers[0] != image_size:
             raise ImageError(
                 f"image policy {self.policy}: this model looks at {image_size} x {image_size} pixels and nothing else; "
-                f"write {self.policy.kind}:{image_size}"
+                f"write crop:{image_size}"
             )
 
     def grid(self, height: int, width: int) -> Grid:
         return ()
 
     def cut(self, image: Image.Image, grid: Grid) -> np.ndarray:
-        side = self.image_size
         if self.policy.kind == "crop":
-            return self._view(center_crop(image, side))
-        return self._view(image.resize((side, side), Image.Resampling.BICUBIC))
+            return self._view(center_crop(image, self.image_size))
+        return self._view(self._squeezed(image))
+
+    def _squeezed(self, image: Image.Image) -> Image.Image:
+        """The whole picture as a view, its aspect ratio lost."""
+        sides = (self.policy.numbers[0], self.image_size) if self.policy.kind == "square" else (self.image_size,)
+        for side in sides:  # a picture that has the size already is copied
+            image = image.resize((side, side), Image.Resampling.BICUBIC)
+        return image
 
     def _view(self, image: Image.Image) -> np.ndarray:
         """uint8[V, F] of a picture of `image_size` x `image_size`."""

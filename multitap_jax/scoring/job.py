@@ -39,6 +39,10 @@ class SupportsScore(Protocol):
         """JSON of what else decides a score or an error: computation type, longest pair."""
 
     @property
+    def checkpoint(self) -> str:
+        """Where the model is, for people: a folder, or hub:OWNER/NAME@COMMIT."""
+
+    @property
     def trained_on(self) -> dict[str, Any]:
         """JSON of the human score that the overall score stands for: `target` and `target_range`."""
 
@@ -145,7 +149,8 @@ def score_file(
         "model": scorer.fingerprint,
         "settings": {**scorer.settings, "truncate": truncate, "allow_outside_root": allow_outside_root},
     }
-    with Journal(output, identity, {"trained_on": scorer.trained_on}) as journal:
+    notes = {"checkpoint": scorer.checkpoint, "trained_on": scorer.trained_on}
+    with Journal(output, identity, notes) as journal:
         finished = journal.finished()
         tally, resumed = _Tally(**(finished or {})), 0
         if finished is None:

@@ -49,7 +49,7 @@ class Journal:
     Args:
       path: the output; `PATH.job.json` beside it is the sidecar.
       identity: JSON of what decides the lines: input, model, settings. A file begun with another identity is refused.
-      notes: JSON of what else a reader of the lines may want to know.
+      notes: JSON of what else a reader of the lines, or of a refusal, may want to know.
     """
 
     def __init__(self, path: Path, identity: dict[str, Any], notes: dict[str, Any] | None = None):
@@ -180,11 +180,16 @@ class Journal:
                 f"{self.sidecar}: format_version {version}, this multitap_jax writes {FORMAT_VERSION}; go on with "
                 "the version that began the job, or choose another output"
             )
+        notes = [
+            f"; {name}: {json.dumps(state[name])} then, {json.dumps(value)} now"
+            for name, value in self.notes.items()
+            if name in state and state[name] != value
+        ]
         for name, value in self.identity.items():
             if state.get(name) != value:
                 raise JobError(
                     f"{self.path}: was begun with another {name} ({json.dumps(state.get(name))}), now given "
-                    f"{json.dumps(value)}; give the same {name} as before, or choose another output"
+                    f"{json.dumps(value)}{''.join(notes)}; give the same {name} as before, or choose another output"
                 )
         return state
 

@@ -33,6 +33,7 @@ from multitap_jax.scoring.progress import progress_bar
 from multitap_jax.scoring.readahead import read_ahead
 from multitap_jax.scoring.results import Embeddings, Ranking, Results, Scores
 from multitap_jax.stage2.head import RidgeHead
+from multitap_jax.weights.sources import locate
 
 IN_FLIGHT = 2  # batches on the device before the host waits for the first
 WINDOW = 256  # pairs whose pictures are in memory at once
@@ -117,6 +118,11 @@ class Scorer:
     def fingerprint(self) -> str:
         """sha256 of the artefact: contract, weights, heads, tokenizer and processor."""
         return self.artefact.fingerprint
+
+    @property
+    def checkpoint(self) -> str:
+        """Where the artefact is: its folder, or hub:OWNER/NAME@COMMIT."""
+        return locate(self.artefact.folder).address
 
     @property
     def trained_on(self) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """A stage-1 run from files to artefact: records -> packed datasets -> model on a mesh -> loop -> saved artefact."""
 
+import dataclasses
 import json
 import signal
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from multitap_jax.weights.hub import load_backbone
 from multitap_jax.weights.sources import locate
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class RunResult:
     """What a run left: the loop's result, and the artefact once all steps are done."""
 
@@ -51,6 +51,7 @@ def run_training(config: TrainConfig, workdir: str | Path) -> RunResult:
 
     Raises:
       ConfigError, RecordsError, WeightError, ImageError, ...: with what is wrong and what to do.
+      CheckpointError: the run in `workdir` is another one; also where its branch of the hub has moved meanwhile.
       FolderInUseError: another run is writing into `workdir`.
     """
     with sole_writer(Path(workdir)):
@@ -64,6 +65,8 @@ def _run(config: TrainConfig, workdir: Path, console: Console) -> RunResult:
     keep_compiled_programs(config.compilation_cache)
     checkpoint = locate(config.model.checkpoint)
     base = checkpoint.folder
+    # A branch of the hub may move while a run is stopped: what is recorded, and compared, is the commit.
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, checkpoint=checkpoint.address))
     mesh = make_mesh(config.mesh)
     processing = Processing.from_folder(base, _contract(config, base))
     rejects = Rejects(

@@ -30,6 +30,7 @@ from multitap_jax.stage1.record import write_run_record
 from multitap_jax.stage1.spikes import SpikeWatch
 from multitap_jax.stage1.step import TrainState, abstract_state, init_state, make_eval_step, make_train_step
 from multitap_jax.stage1.trainable import partition
+from multitap_jax.weights.sources import HUB
 
 # Folders in the working directory.
 CHECKPOINTS = "checkpoints"
@@ -70,7 +71,8 @@ def train(
     """Trains, or goes on with the run in `workdir`: checkpoints/, metrics.jsonl, run.json.
 
     Args:
-      config: `config.data` and `config.model.checkpoint` are not read; they made `dataset` and `model`.
+      config: `config.data` is not read, it made `dataset`; of `config.model.checkpoint`, which made `model`, only
+        whether it is the commit of the hub that the run began with.
       workdir: folder of the run.
       model: with adapters if `config.trainable.parts` is "lora". It is used up: what learns moves into the result.
       dataset: every step of every epoch.
@@ -183,6 +185,8 @@ def _identity(config: TrainConfig, dataset: Dataset, frozen: int) -> dict[str, A
         del values["optimizer"][name]
     flat = {f"config.{s}.{k}": v for s, section in values.items() for k, v in section.items()}
     flat |= {f"config.{key}": getattr(config, key) for key in ("batch_size", "epochs", "seed")}
+    if config.model.checkpoint.startswith(HUB):  # a folder may move, a commit is what it is
+        flat["config.model.checkpoint"] = config.model.checkpoint
     plain = json.loads(json.dumps(flat))  # as it comes back from a file: tuples are lists
     return {**plain, "data": dataset.fingerprint, "steps": dataset.num_steps, "frozen weights": frozen}
 

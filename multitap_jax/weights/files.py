@@ -40,9 +40,21 @@ def stored_tensors(folder: str | Path) -> dict[str, Stored]:
         otherwise than the files. All of it is listed.
     """
     folder = Path(folder)
+    tensors, problems = scan_tensors(folder)
+    if problems:
+        raise FolderError(_listed(folder, problems) + _unfinished(folder))
+    return tensors
+
+
+def scan_tensors(folder: Path) -> tuple[dict[str, Stored], list[str]]:
+    """What `stored_tensors` gives, as far as it can be read, and everything that is wrong with the files.
+
+    Raises:
+      FolderError: there are no files, or it is not clear which they are.
+    """
     tensors: dict[str, Stored] = {}
-    problems: list[str] = []
-    for name in weight_files(folder):
+    names, problems = _present_files(folder)
+    for name in names:
         try:
             found = read_header(folder / name)
         except FolderError as error:
@@ -52,9 +64,7 @@ def stored_tensors(folder: str | Path) -> dict[str, Stored]:
         tensors |= found
     if (folder / INDEX).is_file() and not problems:
         problems = list(_index_problems(folder, tensors))
-    if problems:
-        raise FolderError(_listed(folder, problems))
-    return tensors
+    return tensors, problems
 
 
 def read_tensors(folder: str | Path) -> dict[str, np.ndarray]:
@@ -68,6 +78,14 @@ def weight_files(folder: Path) -> list[str]:
     Raises:
       FolderError: there are none, some are missing, or it is not clear which they are.
     """
+    names, problems = _present_files(folder)
+    if problems:
+        raise FolderError(_listed(folder, problems) + _unfinished(folder))
+    return names
+
+
+def _present_files(folder: Path) -> tuple[list[str], list[str]]:
+    """Those of the weight files that are there, and what is said of those that are not."""
     single, indexed = (folder / SINGLE).is_file(), (folder / INDEX).is_file()
     named = _indexed_files(folder) if indexed else []
     if single and named not in ([], [SINGLE]):
@@ -76,15 +94,13 @@ def weight_files(folder: Path) -> list[str]:
             f"that did not end?); remove one or the other"
         )
     if single:
-        return [SINGLE]
+        return [SINGLE], []
     files = named or sorted(path.name for path in folder.glob("model*.safetensors"))
     if not files:
         raise FolderError(f"{folder} has no {SINGLE} and no shards of it.{_advice(folder)}")
     problems = [_missing(folder / name, indexed) for name in files if not (folder / name).is_file()]
     problems += [] if named else [f"{name} is missing" for name in _unnumbered(files)]
-    if problems:
-        raise FolderError(_listed(folder, problems) + _unfinished(folder))
-    return files
+    return [name for name in files if (folder / name).is_file()], problems
 
 
 def _indexed_files(folder: Path) -> list[str]:

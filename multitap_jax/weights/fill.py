@@ -20,7 +20,7 @@ def fill(
     slots: Sequence[Slot],
     sources: Sequence[Stored],
     sharding: Sharding | None,
-    on_read: Callable[[Stored, np.ndarray], None] | None = None,
+    read: Callable[[Stored, slice], np.ndarray] = Stored.read,
 ) -> jax.Array:
     """The parameter made of tensors in files.
 
@@ -28,19 +28,19 @@ def fill(
       leaf: shape and type of the parameter.
       slots, sources: the tensors it consists of, layer after layer, or the one it is if it is not stacked.
       sharding: where it goes; None is the default device.
-      on_read: is given every tensor, whole. Without it, only the rows that this process's devices hold are read.
+      read: gives rows of a tensor; it is asked for those that this process's devices hold, once a tensor.
     """
     if _on_host(sharding):
         out = aligned_empty(leaf.shape, np.dtype(leaf.dtype))
         for slot, source in zip(slots, sources, strict=True):
-            permute_into(out if slot.layer is None else out[slot.layer], _read(source, on_read), slot.axes)
+            permute_into(out if slot.layer is None else out[slot.layer], read(source, slice(None)), slot.axes)
         return jax.device_put(out, sharding)  # takes the memory over
     if slots[0].layer is None:
-        raw = _place(sources[0], slots[0], sharding, on_read)
+        raw = _place(sources[0], slots[0], sharding, read)
         return _permute(raw, axes=slots[0].axes, dtype=leaf.dtype, sharding=sharding)
     stack = _zeros(shape=leaf.shape, dtype=leaf.dtype, sharding=sharding)
     for slot, source in zip(slots, sources, strict=True):
-        raw = _place(source, slot, sharding, on_read)
+        raw = _place(source, slot, sharding, read)
         stack = _set_layer(stack, raw, np.asarray(slot.layer, np.int32), axes=slot.axes, sharding=sharding)
         stack.block_until_ready()  # before the next one is read
     return stack
@@ -66,22 +66,13 @@ def permute_into(out: np.ndarray, value: np.ndarray, axes: tuple[int, ...]) -> N
         out[:, start : start + BLOCK] = value[start : start + BLOCK].T
 
 
-def _read(
-    source: Stored, on_read: Callable[[Stored, np.ndarray], None] | None, rows: slice = slice(None)
-) -> np.ndarray:
-    value = source.read(slice(None) if on_read else rows)
-    if on_read:
-        on_read(source, value)
-    return value
-
-
 def _place(
-    source: Stored, slot: Slot, sharding: Sharding | None, on_read: Callable[[Stored, np.ndarray], None] | None
+    source: Stored, slot: Slot, sharding: Sharding | None, read: Callable[[Stored, slice], np.ndarray]
 ) -> jax.Array:
     """Puts a tensor, still in its own layout and type, where its slice of the parameter will be."""
     local = _tensor_sharding(slot, sharding)
-    rows = needed_rows(source.shape, None if on_read else local)
-    value = _read(source, on_read, rows)
+    rows = needed_rows(source.shape, local)
+    value = read(source, rows)
     if local is None:
         return jax.device_put(value, sharding)
 

@@ -14,6 +14,7 @@ from multitap_jax.backbones import Backbone
 from multitap_jax.families import abstract_backbone, read_config, weight_table
 from multitap_jax.weights.files import read_json, stored_tensors
 from multitap_jax.weights.fill import fill
+from multitap_jax.weights.finite import FiniteCheck
 from multitap_jax.weights.mapping import Slot, Table, WeightError, match, named_params, plan
 from multitap_jax.weights.misfit import size_entries
 from multitap_jax.weights.stored import Stored
@@ -44,8 +45,8 @@ def load_backbone(
 
     Raises:
       FolderError: a file is missing or broken, or the architecture is not implemented.
-      WeightError: lists every unknown, doubled, missing or mis-shaped tensor; or a tied output head that differs from
-        the token table.
+      WeightError: lists every unknown, doubled, missing or mis-shaped tensor; or those that hold NaN or infinity; or a
+        tied output head that differs from the token table.
     """
     model: Any = abstract_backbone(folder, param_dtype=param_dtype)
     params, tensors = named_params(model), backbone_tensors(folder, prefix=prefix)
@@ -53,10 +54,20 @@ def load_backbone(
     by_path: dict[str, list[Slot]] = {}
     for slot in plan(weight_table(model), params):
         by_path.setdefault(slot.path, []).append(slot)
-    arrays = []
+    finite, arrays = FiniteCheck(), []
+
+    def read(source: Stored, rows: slice) -> np.ndarray:
+        value = source.read(slice(None) if on_read else rows)
+        finite(source, value)
+        if on_read is None:
+            return value
+        on_read(source, value)
+        return value[rows] if source.shape else value
+
     for path, leaf in params.items():
         sources = [tensors[slot.key] for slot in by_path[path]]
-        arrays.append(fill(leaf, by_path[path], sources, targets[path], on_read))
+        arrays.append(fill(leaf, by_path[path], sources, targets[path], read))
+    finite.judge(Path(folder))
     return jax.tree.unflatten(jax.tree.structure(model), arrays)
 
 

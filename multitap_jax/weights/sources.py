@@ -36,6 +36,11 @@ class Source:
     name: str
     revision: str = ""
 
+    @property
+    def address(self) -> str:
+        """What names exactly this: hub:OWNER/NAME@COMMIT, which a moved branch leaves alone, or the folder."""
+        return f"{HUB}{self.name}@{self.revision}" if self.revision else str(self.folder)
+
 
 def locate(checkpoint: str | Path) -> Source:
     """Finds a checkpoint, and fetches it where the hub is asked for by name.

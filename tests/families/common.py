@@ -18,14 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerFast
 
 from multitap_jax.backbones import Backbone, Execution
 from multitap_jax.batch import PackedBatch
 from multitap_jax.data.processing import Contract, Processing
 from multitap_jax.data.stream import Pair, StreamPacker
-from multitap_jax.families import read_config, weight_table
+from multitap_jax.families import abstract_backbone, read_config, weight_table
 from multitap_jax.weights.hub import export_tensors, load_backbone
+from multitap_jax.weights.mapping import named_params, plan
 
 TOLERANCE = 2e-5  # of states, absolute, where the largest is above 1
 GRADIENT_TOLERANCE = 1e-3  # relative to the largest entry of a parameter's gradient
@@ -61,10 +63,24 @@ class Oracle:
         """Saves what a folder of the hub holds, written by transformers itself; returns the torch model."""
         model = self.torch_model(seed)
         model.save_pretrained(folder)
+        self.write_without_weights(folder)
+        return model
+
+    def write_without_torch(self, folder: Path, seed: int = 0) -> Path:
+        """The same, but for tensors that no score needs, which are left out; returns the folder."""
+        self.write_without_weights(folder)
+        model = abstract_backbone(folder)
+        shapes = {slot.key: slot.shape for slot in plan(weight_table(model), named_params(model))}
+        weights = {key: random_weight(key, shape, seed) for key, shape in shapes.items()}
+        save_file(weights, folder / "model.safetensors")
+        return folder
+
+    def write_without_weights(self, folder: Path) -> Path:
+        """Configuration, image processor and tokenizer: all that processing reads; returns the folder."""
         (folder / "config.json").write_text(json.dumps(self.config))
         (folder / "preprocessor_config.json").write_text(json.dumps(self.preprocessor))
         self.tokenizer.save_pretrained(folder)
-        return model
+        return folder
 
 
 def random_torch_model(name: str, config_name: str, config: Mapping[str, Any], seed: int = 0) -> Any:

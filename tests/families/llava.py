@@ -70,9 +70,9 @@ def processor(tokenizer: Any) -> LlavaProcessor:
     )
 
 
-def inputs(tokenizer: Any, rendered: str, images: Sequence[Image.Image]) -> dict[str, np.ndarray]:
-    """What LlavaProcessor gives."""
-    return dict(processor(tokenizer)(images=list(images) or None, text=[rendered], return_tensors="np"))
+def inputs(tokenizer: Any, rendered: str, images: Sequence[Image.Image], **padding: Any) -> dict[str, np.ndarray]:
+    """What LlavaProcessor gives; `padding` is for it."""
+    return dict(processor(tokenizer)(images=list(images) or None, text=[rendered], return_tensors="np", **padding))
 
 
 def stretched(tokenizer: Any, rendered: str, images: Sequence[Image.Image]) -> dict[str, np.ndarray]:

@@ -1,7 +1,6 @@
 """Llama-3.2-Vision as transformers has it, tiny: tiles of 28 pixels, two groups of three decoder layers."""
 
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -94,18 +93,18 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def inputs(
-    tokenizer: Any, rendered: str, images: Sequence[Image.Image], *, side: int | None = None
+    tokenizer: Any, rendered: str, images: Sequence[Image.Image], *, side: int | None = None, **padding: Any
 ) -> dict[str, np.ndarray]:
     """What MllamaProcessor gives when it is called as the official code calls it: the first token comes twice.
 
-    With `side` pictures are stretched first, as the official evaluation does.
+    With `side` pictures are stretched first, as the official evaluation does; `padding` is for the processor.
     """
     if side is not None:
         images = [image.resize((side, side), Image.Resampling.BICUBIC) for image in images]
     options = {key: value for key, value in PREPROCESSOR.items() if key != "image_processor_type"}
     processor = MllamaProcessor(MllamaImageProcessorPil(**options), tokenizer)
     pictures = [list(images)] if images else None
-    return dict(processor(images=pictures, text=[rendered], return_tensors="np"))
+    return dict(processor(images=pictures, text=[rendered], return_tensors="np", **padding))
 
 
 def oracle(*, side: int | None = None, **changes: Any) -> Oracle:
@@ -184,14 +183,6 @@ def packed_cells(folder: Path, cells: int) -> PackedBatch:
     here = batch.record >= 0
     target = np.random.default_rng(0).random(batch.record.shape).astype(np.float32)
     return batch._replace(target=np.where(here, target, 0).astype(np.float32), weight=here.astype(np.float32))
-
-
-def write_without_weights(folder: Path) -> Path:
-    """Configuration, image processor and tokenizer of the oracle: all that processing reads."""
-    (folder / "config.json").write_text(json.dumps(oracle().config))
-    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
-    tokenizer().save_pretrained(folder)
-    return folder
 
 
 def cases() -> list[Case]:

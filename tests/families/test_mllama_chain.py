@@ -1,31 +1,23 @@
 """Llama-3.2-Vision through the rest of the house: `multitap score`, FLOP counts, the token table."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from multitap_jax import cli
 from multitap_jax.backbones import Execution
 from multitap_jax.backbones.cross import see
 from multitap_jax.config import MeshConfig, OptimizerConfig
 from multitap_jax.families import from_config
 from multitap_jax.flops import count_work, forward_flops
-from multitap_jax.reward import RewardHead, RewardModel
-from multitap_jax.scoring.artefact import Artefact
 from multitap_jax.weights.hub import load_backbone
-from tests.families.common import QUICK, contract_of, random_weight, torch_states
+from tests.families.checks import check_score
+from tests.families.common import QUICK
 from tests.families.mllama import (
-    LARGE,
     PAIRS,
     POLICY,
     PREPROCESSOR,
-    SMALL,
-    TALL,
-    WIDE,
     oracle,
     packed_cells,
     reward_model,
@@ -43,30 +35,7 @@ def model(tmp_path_factory):
 
 
 def test_the_score_verb_equals_transformers(model, tmp_path):
-    """Pictures in files, an artefact, the command line; against the sigmoid of torch's state and the head."""
-    torch_model, folder = model
-    weight, bias = random_weight("reward", (64,), 0), np.float32(-5.0)
-    head = RewardHead.from_arrays(weight, bias)
-    contract = contract_of(folder, image_policy=POLICY)
-    Artefact.save(tmp_path / "artefact", RewardModel(load_backbone(folder), head), base=folder, contract=contract)
-    pairs = [pair for pair in PAIRS if pair.images]
-    files = {id(image): f"{n}.png" for n, image in enumerate((SMALL, WIDE, TALL, LARGE))}
-    for image in (SMALL, WIDE, TALL, LARGE):
-        image.save(tmp_path / files[id(image)])
-    records = [
-        {"id": str(n), "image": [files[id(image)] for image in pair.images], "text": pair.text}
-        | ({"request": pair.request} if pair.request else {})
-        for n, pair in enumerate(pairs)
-    ]
-    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n")
-    arguments = {"checkpoint": "artefact", "input": "pairs.jsonl", "output": "scores.jsonl"}
-    code = cli.main(["score", *(f"--{name}={tmp_path / value}" for name, value in arguments.items())])
-    assert code == 0
-    lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
-    assert [line["error"] for line in lines] == [None] * len(pairs)
-    expected = 1 / (1 + np.exp(-(torch_states(oracle(), torch_model, pairs, contract) @ weight + bias)))
-    np.testing.assert_allclose([line["score"] for line in lines], expected, atol=1e-5)
-    assert np.ptp(expected) > 0.1
+    check_score(oracle(), *model, tmp_path, [pair for pair in PAIRS if pair.images], image_policy=POLICY)
 
 
 def test_the_token_table_has_eight_rows_more(model):

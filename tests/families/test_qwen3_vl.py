@@ -15,7 +15,7 @@ from multitap_jax.data.stream import Pair
 from multitap_jax.families import from_config, num_params, read_config
 from multitap_jax.flops import Work, forward_flops
 from multitap_jax.weights.hub import load_backbone
-from tests.families import qwen_checks as checks
+from tests.families import checks, qwen_checks
 from tests.families.common import FLOAT32, QUICK, batches, check_parity, contract_of
 from tests.families.qwen3_vl import POLICY, config, oracle
 from tests.families.qwen_checks import PAIRS, SMALL, WIDE
@@ -59,29 +59,29 @@ layer_states = jax.jit(
 def test_every_layer_equals_transformers(model):
     _, torch_model, folder = model
     pair = Pair((WIDE, SMALL), "a ball")
-    run, _ = checks.runner(*model, pair, image_policy=POLICY)
+    run, _ = qwen_checks.runner(*model, pair, image_policy=POLICY)
     (batch,) = batches(folder, [pair], contract_of(folder, image_policy=POLICY))
     real, visual = batch.patch_segment > 0, torch_model.model.visual
 
     patches, (cells, deepstack), text = layer_states(load_backbone(folder), batch)
-    embedded = checks.recorded(visual.blocks[:1], run, inputs=True)
-    for mine, yours in zip(patches, [*embedded, *checks.recorded(visual.blocks, run)], strict=True):
+    embedded = qwen_checks.recorded(visual.blocks[:1], run, inputs=True)
+    for mine, yours in zip(patches, [*embedded, *qwen_checks.recorded(visual.blocks, run)], strict=True):
         checks.assert_near(mine[real], yours)
     for mine, merger in zip((cells, *deepstack), (visual.merger, *visual.deepstack_merger_list), strict=True):
-        checks.assert_near(mine[real[:, ::4]], checks.recorded([merger], run)[0])
+        checks.assert_near(mine[real[:, ::4]], qwen_checks.recorded([merger], run)[0])
 
     layers = torch_model.model.language_model.layers  # what DeepStack adds shows in the input of the layer that follows
-    expected = [*checks.recorded(layers, run, inputs=True), checks.recorded(layers[-1:], run)[0]]
+    expected = [*qwen_checks.recorded(layers, run, inputs=True), qwen_checks.recorded(layers[-1:], run)[0]]
     for mine, yours in zip(text[:, batch.segment > 0], expected, strict=True):
         checks.assert_near(mine, yours[0])
 
 
 def test_packing_equals_each_pair_alone(model):
-    checks.check_packing(model[2], PAIRS, image_policy=POLICY)
+    qwen_checks.check_packing(model[2], PAIRS, image_policy=POLICY)
 
 
 def test_execution_changes_neither_states_nor_gradients(model):
-    checks.check_executions(model[2], PAIRS, image_policy=POLICY)
+    qwen_checks.check_executions(model[2], PAIRS, image_policy=POLICY)
 
 
 def test_a_mesh_changes_nothing(model):
@@ -94,7 +94,8 @@ def test_weights_go_in_and_out_unchanged(model, tmp_path):
 
 def test_tied_weights_go_in_and_out_unchanged(tmp_path):
     tied = oracle(tie_word_embeddings=True)
-    checks.check_weights(tied, tied.write(tmp_path), tmp_path, tmp_path)
+    (tmp_path / "folder").mkdir()
+    checks.check_weights(tied, tied.write(tmp_path / "folder"), tmp_path / "folder", tmp_path)
 
 
 def test_score_equals_transformers(model, tmp_path):

@@ -25,8 +25,8 @@ class FakeScores:
 class FakeScorer:
     """Scores a text by its checksum; a text holding "fail" has an error, one holding "long" is cut if it may be."""
 
-    def __init__(self, fingerprint: str = "model-1", delay: float = 0.0):
-        self.fingerprint = fingerprint
+    def __init__(self, fingerprint: str = "model-1", delay: float = 0.0, checkpoint: str = "folder"):
+        self.fingerprint, self.checkpoint = fingerprint, checkpoint
         self.settings = {"dtype": "float32"}
         self.trained_on = {"target": "ratings.fit", "target_range": [1, 5]}
         self.delay = delay

@@ -1,9 +1,6 @@
 """What docs/exporting.md shows, run as it stands there; a program without this package; a classifier for vLLM."""
 
 import json
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,21 +18,14 @@ from multitap_jax.scoring.manifest import ArtefactError
 from multitap_jax.scoring.scorer import Scorer
 from multitap_jax.stage2.head import RidgeHead
 from multitap_jax.weights.hub import load_backbone
+from tests.documentation import run_apart, snippet
 from tests.families.common import picture
 from tests.families.qwen2_vl import oracle
 from tests.scoring.model_fixtures import OBJECTIVES
 from tests.tiny_qwen2_vl import write_folder
 
 HIDDEN = 64
-TEXTS = ["a red ball", 'the "blue" box is far away', "a ball", "a red ball is near on your left"]
-DOC = (Path(__file__).parents[2] / "docs" / "exporting.md").read_text()
-
-
-def snippet(name: str) -> str:
-    """The code block of the documentation that is marked with `name`."""
-    found = re.findall(rf"```python {name}\n(.*?)```", DOC, re.DOTALL)
-    assert len(found) == 1
-    return found[0]
+TEXTS = ["a red ball", 'the "blue" box is far away', " \ta ball \n", "a red ball is near on your left"]
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +73,7 @@ def test_the_torch_lines_of_the_documentation(base, tmp_path, images, mode):
     wanted = Scorer.from_pretrained(folder).score(images=images, texts=TEXTS)
     scope = {"folder": folder}
     exec(snippet("torch"), scope)
-    assert snippet("torch").count("\n") <= 30
+    assert snippet("torch").count("\n") <= 20
     for index, (image, text) in enumerate(zip(images, TEXTS, strict=True)):
         overall, objectives = scope["score"](image, text)
         np.testing.assert_allclose(float(overall), wanted.overall[index], atol=1e-5)
@@ -101,20 +91,11 @@ def test_the_numpy_lines_of_the_documentation(flat, tmp_path, images, expected, 
     assert scope["names"] == [objective.name for objective in OBJECTIVES]
 
 
-PROLOGUE = """
-import sys
-class Refused:
-    def find_spec(self, name, *rest):
-        if name.partition(".")[0] in ("multitap_jax", "flax", "transformers", "torch"):
-            raise ImportError(f"{name} must not be needed")
-sys.meta_path.insert(0, Refused())
-"""
 EPILOGUE = """
-import numpy as np, sys
+import numpy as np
 found = {name: np.asarray(value) for name, value in outputs.items()}
 pairs = json.load(open("pairs.json"))
 rows = np.asarray(run(weights, batch_of(pairs))["overall"])[: len(pairs), 0]
-assert not any(name.startswith("multitap_jax") for name in sys.modules)
 np.savez("found.npz", record=np.asarray(inputs["record"]), rows=rows, **found)
 """
 
@@ -126,9 +107,7 @@ def test_a_fresh_process_runs_the_program_without_this_package(flat, tmp_path, i
     assert about["computation"] == {"dtype": "float32", "attention": "auto", "platforms": ["cpu"]}
     rows = min(about["inputs"]["tokens"]["shape"][0], about["inputs"]["patches"]["shape"][0])
     (tmp_path / "pairs.json").write_text(json.dumps(list(zip(images, TEXTS, strict=True))[:rows]))
-    script = PROLOGUE + snippet("stablehlo") + snippet("rows") + EPILOGUE
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_apart(snippet("stablehlo") + snippet("rows") + EPILOGUE, tmp_path)
     found = np.load(tmp_path / "found.npz")
     here = found["record"] >= 0
     order = found["record"][here]

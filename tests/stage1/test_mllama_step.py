@@ -13,7 +13,7 @@ from multitap_jax.stage1.optimizer import make_optimizer, make_schedule
 from multitap_jax.stage1.step import init_state, make_train_step
 from multitap_jax.stage1.trainable import add_lora, merge_lora, partition
 from tests.families.common import QUICK
-from tests.families.mllama import packed_cells, reward_model, write_without_weights
+from tests.families.mllama import oracle, packed_cells, reward_model
 
 MIXED = MeshConfig(data=2, fsdp=2, tensor=2)
 OPTIMIZER = OptimizerConfig(learning_rate=1e-4, weight_decay=0.1, clip_norm=0.5)
@@ -24,7 +24,7 @@ def test_a_training_step_is_the_same_on_a_mesh(tmp_path):
 
     Weights are gathered there, and never the states of images.
     """
-    batch, results = packed_cells(write_without_weights(tmp_path), 8), []
+    batch, results = packed_cells(oracle().write_without_weights(tmp_path), 8), []
     for mesh_config, accumulation, remat in ((None, 1, "none"), (MIXED, 2, "full")):
         mesh = make_mesh(mesh_config or MeshConfig(), None if mesh_config else jax.devices()[:1])
         rewards = reward_model()

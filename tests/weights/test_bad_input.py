@@ -138,8 +138,11 @@ def test_missing_and_broken_shards_are_all_named(tensors, tmp_path):
     assert message.count("is not a whole safetensors file (truncated: ") == 2
     assert FIRST in message
     assert SECOND in message
-    for name in (FIRST, SECOND):
-        (tmp_path / name).unlink()
+    (tmp_path / FIRST).unlink()
+    message = message_of(tmp_path, FolderError)
+    assert f"{FIRST} is missing, but {INDEX} names it" in message
+    assert f"{SECOND} is not a whole safetensors file (truncated: " in message
+    (tmp_path / SECOND).unlink()
     (tmp_path / f"{FIRST}.incomplete").write_bytes(b"")
     message = message_of(tmp_path, FolderError)
     assert f"{FIRST} is missing, but {INDEX} names it" in message

@@ -10,27 +10,13 @@ from multitap_jax.config import ModelConfig, TrainConfig
 from multitap_jax.stage1.run import run_training
 from multitap_jax.weights.sources import Source, SourceError, local_folder, locate
 from tests.tiny_qwen2_vl import tiny_config, write_folder
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-def cache_of(folder: Path, repository: str, source: Path) -> Path:
-    """A cache as huggingface_hub keeps it: blobs, links to them in a snapshot, a branch."""
-    root = folder / f"models--{repository.replace('/', '--')}"
-    snapshot = root / "snapshots" / COMMIT
-    for part in (snapshot, root / "refs", root / "blobs"):
-        part.mkdir(parents=True)
-    for path in source.iterdir():
-        (root / "blobs" / path.name).write_bytes(path.read_bytes())
-        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
-    (root / "refs" / "main").write_text(COMMIT)
-    return snapshot
+from tests.weights.hub_cache import COMMIT, add_commit
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     source = write_folder(tmp_path / "source", tiny_config())
-    snapshot = cache_of(tmp_path / "cache", "tiny/qwen", source)
+    snapshot = add_commit(tmp_path / "cache", "tiny/qwen", source)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     return snapshot
@@ -39,12 +25,14 @@ def cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["hub:tiny/qwen", "hub:tiny/qwen@main", f"hub:tiny/qwen@{COMMIT}"])
 def test_a_cached_repository_is_found_with_its_commit(cache, name):
     assert locate(name) == Source(cache.resolve(), "tiny/qwen", COMMIT)
+    assert locate(name).address == f"hub:tiny/qwen@{COMMIT}"
     assert local_folder(name) == cache.resolve()
 
 
 def test_a_snapshot_given_as_a_folder_says_what_it_is(cache, tmp_path):
     assert locate(cache) == Source(cache, "tiny/qwen", COMMIT)
     assert locate(tmp_path / "source") == Source(tmp_path / "source", "source", "")
+    assert locate(tmp_path / "source").address == str(tmp_path / "source")
 
 
 def test_what_is_not_cached_is_not_available_offline(cache):

@@ -10,10 +10,13 @@ import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from multitap_jax.config import ConfigError, from_config_dict
+from multitap_jax.data.decode import ImageError
+from multitap_jax.data.layouts import ImagePolicy
 from multitap_jax.data.processing import Contract
 from multitap_jax.families import Family, read_config
 from multitap_jax.files import canonical_hash, json_bytes, new_folder
@@ -27,19 +30,27 @@ from multitap_jax.weights.writer import write_folder
 PREFIX = "backbone_model."
 HEAD = ("reward_head.weight", "reward_head.bias")
 CONTRACT = "multitap_contract.json"
+SQUARE = "square:560"
 
 
 class ContractWarning(UserWarning):
     """Another program will read the export in another way than the artefact was trained for."""
 
 
-def official_contract(family: Family, prompt: str = "official-train") -> Contract:
-    """How the official code makes a pair into tokens.
+def official_contract(family: Family, config: Any, prompt: str = "official-train") -> Contract:
+    """How the official code makes a pair into tokens, for a family and its configuration (`families.read_config`).
 
-    Positions are flat: transformers 4.46.1, which it pins, gives a plain forward pass no others.
+    Positions are flat: transformers 4.46.1, which it pins, gives a plain forward pass no others. Pictures are squeezed
+    to 560 x 560, whatever the image processor makes of that then; a model that cannot take it, which the official code
+    does not know either, has its own policy.
     """
     position_mode = "flat" if "flat" in family.position_modes else family.position_modes[0]
-    return Contract.of(family, prompt=prompt, position_mode=position_mode)
+    contract = Contract.of(family, prompt=prompt, position_mode=position_mode)
+    try:
+        family.layout(config, ImagePolicy.parse(SQUARE))
+    except ImageError:
+        return contract
+    return dataclasses.replace(contract, image_policy=SQUARE)
 
 
 def export_official(
@@ -70,7 +81,7 @@ def export_official(
         copy_carried(artefact.folder, new)
         (new / CONTRACT).write_bytes(json_bytes(_described(contract)))
         write_folder(new, headers, tensors(), max_shard_bytes)
-    differences = _differences(contract, official_contract(read_config(artefact.folder)[0], contract.prompt))
+    differences = _differences(contract, official_contract(*read_config(artefact.folder), contract.prompt))
     if differences:
         warnings.warn(
             f"these weights were trained for {'; '.join(differences)}: the official code would give other scores. "

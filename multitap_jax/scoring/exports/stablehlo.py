@@ -16,6 +16,7 @@ from jax import export
 
 from multitap_jax.backbones import Backbone, Execution
 from multitap_jax.batch import PackedBatch
+from multitap_jax.data.layouts import Layout
 from multitap_jax.data.processing import Processing
 from multitap_jax.data.stream import Pair, StreamPacker
 from multitap_jax.families import abstract_backbone, weight_table
@@ -44,6 +45,17 @@ MEANINGS = {
     "patches": "raw uint8 pixels of each patch, in the family's patch order",
     "patch_position": "(row, column) of each patch in its image",
     "patch_segment": "which image of the vision row a patch belongs to, from 1; 0 is padding",
+}
+# Where a backbone keeps image features out of the row (`Layout.apart`).
+MEANINGS_APART = {
+    "image_cell": "at an image token the index of its image, an image being one block of patches; -1 elsewhere",
+    "patch_position": "(row, column) of each patch in its image's canvas of tiles, 0 in tiles that only fill up",
+    "patch_segment": "which image of the vision row a patch belongs to, from 1; 0 is padding, tiles that fill up too",
+}
+# Where maps of features are resized.
+MEANINGS_MIXED = {
+    "patch_position": "what the cell of each patch is mixed from: upper left, upper right, lower left and lower right "
+    "patch, counted from the image's first, and the weights of right and of lower in multiples of 2^-24",
 }
 
 
@@ -81,7 +93,8 @@ def export_stablehlo(
             f"one of {', '.join(DTYPES)}"
         )
     artefact = Artefact.open(folder).verify()
-    batch = _example(artefact, pairs, batch_tokens, max_length)._asdict()
+    processing = Processing.from_folder(artefact.folder, artefact.manifest.contract)
+    batch = _example(artefact, processing, pairs, batch_tokens, max_length)._asdict()
     model: Any = abstract_backbone(artefact.folder, param_dtype=DTYPES[dtype])
     heads = _heads(artefact)
     specs = {f"backbone.{path}": leaf for path, leaf in named_params(model).items()} | heads
@@ -96,7 +109,7 @@ def export_stablehlo(
         headers = {name: (spec.shape, np.dtype(spec.dtype)) for name, spec in specs.items()}
         write_file(new / WEIGHTS, headers, _weights(artefact.folder, model, heads))
         write_tensors(new / EXAMPLE, {name: np.asarray(value) for name, value in batch.items()})
-        about = _about(artefact, program, dtype, batch_specs, attention)
+        about = _about(artefact, program, dtype, _inputs(batch_specs, processing.vision.layout), attention)
         (new / ABOUT).write_bytes(json_bytes(about))
     return Path(out)
 
@@ -116,8 +129,9 @@ def _program(model: Backbone, execution: Execution) -> Callable[..., dict[str, j
     return program
 
 
-def _example(artefact: Artefact, pairs: Sequence[Pair], batch_tokens: int, max_length: int) -> PackedBatch:
-    processing = Processing.from_folder(artefact.folder, artefact.manifest.contract)
+def _example(
+    artefact: Artefact, processing: Processing, pairs: Sequence[Pair], batch_tokens: int, max_length: int
+) -> PackedBatch:
     packer = StreamPacker(
         processing.prompter,
         processing.reader,
@@ -160,18 +174,24 @@ def _weights(folder: Path, model: Any, heads: dict[str, np.ndarray]) -> Iterator
     yield from heads.items()
 
 
+def _inputs(batch: Mapping[str, jax.ShapeDtypeStruct], layout: Layout) -> dict[str, Any]:
+    """Shape, type and meaning of each field of the batch."""
+    meanings = MEANINGS | (MEANINGS_APART if layout.apart else {}) | (MEANINGS_MIXED if layout.coordinates > 2 else {})
+    return {
+        name: {"shape": list(spec.shape), "dtype": np.dtype(spec.dtype).name, "meaning": meanings[name]}
+        for name, spec in batch.items()
+    }
+
+
 def _about(
-    artefact: Artefact, program: export.Exported, dtype: str, batch: dict[str, jax.ShapeDtypeStruct], attention: str
+    artefact: Artefact, program: export.Exported, dtype: str, inputs: Mapping[str, Any], attention: str
 ) -> dict[str, Any]:
     manifest = artefact.manifest
     return {
         "format_version": 1,
         "files": {"program": PROGRAM, "weights": WEIGHTS, "example": EXAMPLE},
         "call": "outputs = jax.export.deserialize(program).call(weights, inputs), both dictionaries of arrays",
-        "inputs": {
-            name: {"shape": list(spec.shape), "dtype": np.dtype(spec.dtype).name, "meaning": MEANINGS[name]}
-            for name, spec in batch.items()
-        },
+        "inputs": inputs,
         "outputs": {
             "overall": "float32[B, K], sigmoid of the logits; meaningless where record is -1",
             "logits": "float32[B, K]",
