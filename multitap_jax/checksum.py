@@ -26,11 +26,19 @@ def by_name(tree: Any) -> dict[str, Any]:
 
 def on_device(x: jax.Array) -> jax.Array:
     """The array in the memory that its devices compute in; arrays may lie in that of the host (`optimizer.offload`)."""
-    kind = next(iter(x.sharding.addressable_devices)).default_memory().kind  # type: ignore[attr-defined]
-    return x if x.sharding.memory_kind == kind else jax.device_put(x, x.sharding.with_memory_kind(kind))
+    if _is_near(x):
+        return x
+    return jax.device_put(x, x.sharding.with_memory_kind(_near_kind(x)))
 
 
-@jax.jit
+def _is_near(x: jax.Array) -> bool:
+    return x.sharding.memory_kind == _near_kind(x)
+
+
+def _near_kind(x: jax.Array) -> str:
+    return next(iter(x.sharding.addressable_devices)).default_memory().kind  # type: ignore[attr-defined]
+
+
 def _bit_sum(x: jax.Array) -> jax.Array:
     unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
     values = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
@@ -42,7 +50,19 @@ def _bit_sum(x: jax.Array) -> jax.Array:
     return jnp.sum(values * place, dtype=jnp.uint32)
 
 
+@jax.jit
+def _bit_sums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: _bit_sum(x) for name, x in arrays.items()}
+
+
 def checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
-    """A sum of all bits of each array, modulo 2^32."""
-    sums = {name: _bit_sum(on_device(x)) for name, x in arrays.items()}
-    return {name: int(np.asarray(value)) for name, value in sums.items()}
+    """A sum of all bits of each array, modulo 2^32.
+
+    What lies on the devices is summed by one program; what lies in the host's memory array by array, since the devices
+    may not have room for all of it.
+    """
+    near = {name: x for name, x in arrays.items() if _is_near(x)}
+    sums = jax.device_get(_bit_sums(near))
+    for name in arrays.keys() - near.keys():
+        sums |= jax.device_get(_bit_sums({name: on_device(arrays[name])}))
+    return {name: int(value) for name, value in sums.items()}

@@ -57,7 +57,7 @@ def test_a_training_run_goes_on_with_its_commit_alone(cache, tmp_path):
     assert found.artefact.manifest.backbone.revision == FIRST
     exact = f"hub:tiny/qwen@{FIRST}"
     assert found.artefact.manifest.provenance["config"]["model"]["checkpoint"] == exact
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["checkpoint"] == exact
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["config"]["model"]["checkpoint"] == exact
     add_commit(cache, "tiny/qwen", base_folder(tmp_path / "second", 1), SECOND)
     with pytest.raises(CheckpointError) as caught:
         run_training(config("main"), tmp_path / "run")
