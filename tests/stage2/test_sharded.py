@@ -45,7 +45,7 @@ def test_slabs_on_a_mesh_hold_the_sums_of_one_device(shape):
     assert np.max(np.abs(found[0].gram - found[1].gram) / np.outer(scale, scale)) < 1e-6
     assert found[0].num_rows == found[1].num_rows == (weight > 0).sum()
     if shape == (4, 2):
-        assert moments.hi.sharding.shard_shape(moments.hi.shape)[:2] == (1, 2)  # 4 slabs, 2 a device
+        assert moments.hi.sharding.shard_shape(moments.hi.shape)[:2] == (1, 4)  # 8 slabs, 4 a device
 
 
 @pytest.mark.parametrize("axes", [("data",), ("data", "fsdp", "tensor", "context")])
