@@ -224,7 +224,7 @@ class Accumulator:
             fresh = key not in self._sums
             before = self._empty() if fresh else self._sums.pop(key)
             self._sums[key] = self._device.update(before, *chunk)
-            if fresh:
+            if fresh and not self.precision.chunks:
                 self.precision = self.precision.probe(self._device.finalize(self._sums[key]), *chunk)
             start += size
         if start < len(rows.x):

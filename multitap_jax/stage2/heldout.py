@@ -208,8 +208,7 @@ def _fold_head_of_rows(system: System, fold: int, alpha: np.ndarray, intercept: 
         weight = system.rows.weight[index]
         residual = leave_out.left_out(z[index], system.rows.y[index], weight, basis, alpha, per_column=True)
         pull = (residual * weight[:, None]).T @ system.centred_rows(system.rows.x[index])
-        for target, value in enumerate(alpha):
-            coef[target] -= system.factor.inverse(pull[target][None], value)[0]
+        coef -= system.factor.inverse(pull, alpha)
         label_mean -= (residual * weight[:, None]).sum(0) / basis.weight
     return coef, label_mean - coef @ system.mean
 

@@ -84,8 +84,8 @@ def fold_of(group: np.ndarray, folds: int, seed: int) -> np.ndarray:
     return (_mixed(group ^ _mixed(np.array([seed + 1], np.uint64))) % np.uint64(folds)).astype(np.int64)
 
 
-def checked_rows(batches: Iterable[Sequence[Any]], folds: int, seed: int) -> Iterator[Rows]:
-    """The batches with groups, folds, weights and sources filled in.
+def checked_rows(batches: Iterable[Sequence[Any]], folds: int, seed: int, grouped: bool = True) -> Iterator[Rows]:
+    """The batches with groups, folds, weights and sources filled in; unless `grouped`, all groups and folds are 0.
 
     Raises:
       DataError: for shapes that do not fit, NaN or infinity in X, infinity in Y, or a bad weight.
@@ -114,7 +114,7 @@ def checked_rows(batches: Iterable[Sequence[Any]], folds: int, seed: int) -> Ite
             what, given = ("feature(s)", x.shape) if shape[0] == 0 else ("objective(s)", y.shape)
             raise DataError(f"0 {what} (shape={given}) while a minimum of 1 is required.")
         _check_numbers(x, y, weight, first)
-        group = group_hash(groups, x)
+        group = group_hash(groups, x) if grouped else np.zeros(n, np.uint64)
         yield Rows(x, y, weight, group, fold_of(group, folds, seed), sources)
         first += n
 
