@@ -122,8 +122,7 @@ def single_errors(
         z, basis = _row_basis(system, settings.fit_intercept)
         rows = system.rows
         if not by_group:
-            residuals = (leave_out.single_residuals(z, rows.y, rows.weight, basis, alpha) for alpha in alphas)
-            return np.stack([rows.weight @ residual**2 for residual in residuals])
+            return leave_out.single_energy(z, rows.y, rows.weight, basis, alphas)
         for index in _blocks(rows, rows.group):
             residual = leave_out.left_out(z[index], rows.y[index], rows.weight[index], basis, alphas)
             total += np.einsum("cmt,m->ct", residual**2, rows.weight[index])

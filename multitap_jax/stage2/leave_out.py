@@ -17,6 +17,7 @@ import numpy as np
 from multitap_jax.stage2.rows import Rows, concatenate
 
 IN_FLIGHT = 2  # chunks
+LARGE_GROUP = 32  # rows; from here on half a product is worth a loop over the alphas
 
 
 class Basis(NamedTuple):
@@ -62,9 +63,16 @@ def left_out(
         leverage = (inverse @ z[0] ** 2 + 1.0 / basis.weight) * weight[0]
         out = error / (1.0 - leverage)[:, None, None]
     else:
-        hat = (z[None] * inverse[:, None, :]) @ z.T + 1.0 / basis.weight
+        hat = _hats(z, inverse) + 1.0 / basis.weight
         out = np.linalg.solve(np.eye(len(z))[None] - hat * weight[None, None, :], error)
     return out[:, :, 0].T if per_column else out
+
+
+def _hats(z: np.ndarray, inverse: np.ndarray) -> np.ndarray:
+    """z diag(inverse_c) z^T for every c, float64[C, m, m]; a large one as the product of a matrix with itself, half."""
+    if len(z) < LARGE_GROUP:
+        return (z[None] * inverse[:, None, :]) @ z.T
+    return np.stack([scaled @ scaled.T for scaled in (z * root[None, :] for root in np.sqrt(inverse))])
 
 
 @jax.jit
@@ -156,3 +164,13 @@ def single_residuals(
     error = np.where(np.isnan(y), 0.0, y) - basis.label_mean[None, :] - z @ (basis.projected * inverse.T)
     leverage = (z**2 @ inverse.T + 1.0 / basis.weight) * (weight[:, None] * ~np.isnan(y))
     return error / (1.0 - leverage)
+
+
+def single_energy(z: np.ndarray, y: np.ndarray, weight: np.ndarray, basis: Basis, alphas: np.ndarray) -> np.ndarray:
+    """Sum of w e^2 of `single_residuals` at every alpha, float64[C, T]; every row has every label."""
+    inverse = 1.0 / (basis.values[None, :] + alphas[:, None])
+    free = 1.0 - (z**2 @ inverse.T + 1.0 / basis.weight) * weight[:, None]
+    solution = (basis.projected[None] * inverse[:, :, None]).transpose(1, 0, 2)
+    predicted = (z @ solution.reshape(len(solution), -1)).reshape(len(z), len(alphas), -1)
+    residual = ((y - basis.label_mean[None, :])[:, None, :] - predicted) / free[:, :, None]
+    return np.einsum("nct,n->ct", residual**2, weight)
