@@ -74,6 +74,7 @@ class Accumulator:
         self._sums: dict[Key, mm.Moments] = {}
         self._merged: dict[Key, Statistics] = {}
         self._pending: dict[Key, list[Rows]] = {}
+        self._in_flight: jax.Array | None = None
         self._labels: Labels | None = None
         self.precision = Precision()
         self.group_sizes: dict[int, int] = {}
@@ -105,8 +106,11 @@ class Accumulator:
 
     @property
     def kept(self) -> Rows | None:
-        """All rows, where they are still kept."""
-        return concatenate(self._kept) if self._shifts is None else None
+        """All rows, where they are still kept; x float32 or float64."""
+        if self._shifts is not None:
+            return None
+        rows = concatenate(self._kept)
+        return rows if rows.x.dtype == np.float64 else rows._replace(x=rows.x.astype(np.float32, copy=False))
 
     def restore(
         self,
@@ -217,13 +221,17 @@ class Accumulator:
         size, start = self._chunk_rows, 0
         while start < len(rows.x) and (whole or len(rows.x) - start >= size):
             part = rows.take(slice(start, start + size))
-            chunk = [np.asarray(column, np.float32) for column in (part.x, part.y, part.weight)]
+            x = part.x.astype(np.float32) if part.x.dtype == np.float64 else part.x
+            chunk = [x, *(np.asarray(column, np.float32) for column in (part.y, part.weight))]
             spare = size - len(part.x)
             if spare:
                 chunk = [np.pad(column, ((0, spare),) + ((0, 0),) * (column.ndim - 1)) for column in chunk]
             fresh = key not in self._sums
             before = self._empty() if fresh else self._sums.pop(key)
+            # One chunk at a time is summed while the next is prepared: chunks that wait are memory.
+            jax.block_until_ready(self._in_flight)
             self._sums[key] = self._device.update(before, *chunk)
+            self._in_flight = self._sums[key].num_rows
             if fresh and not self.precision.chunks:
                 self.precision = self.precision.probe(self._device.finalize(self._sums[key]), *chunk)
             start += size

@@ -113,7 +113,7 @@ class RidgeHead(Estimator):
         With several processes and a `mesh` over them, each reads its share of the shards and all get the same head.
         """
         share = (jax.process_index(), jax.process_count()) if mesh is not None else (0, 1)
-        return self._fit(lambda: store.batches(share=share), True, store.objectives, mesh)
+        return self._fit(lambda: store.batches(share=share, as_stored=True), True, store.objectives, mesh)
 
     def fit_stream(
         self,
@@ -136,7 +136,7 @@ class RidgeHead(Estimator):
         """Only collects moments, for `fit_moments` to solve any number of times; persist.py saves and merges them."""
         folds = self._check_params()
         data = Accumulator(folds, self.seed, mesh=mesh, count_groups=self.criterion == "logo")
-        found: Iterable[Any] = batches.batches() if isinstance(batches, EmbeddingStore) else batches
+        found: Iterable[Any] = batches.batches(as_stored=True) if isinstance(batches, EmbeddingStore) else batches
         for rows in checked_rows(found, folds, self.seed):
             data.add(rows)
         return data

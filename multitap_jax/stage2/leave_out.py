@@ -103,7 +103,7 @@ class Pass:
         """(the arguments of `rotate`, the rows) piece by piece; the last piece is filled up with rows of 0."""
         for start in range(0, len(rows.x), self._rows):
             part = rows.take(slice(start, start + self._rows))
-            x = _filled(np.asarray(part.x, np.float32), self._rows)
+            x = _filled(part.x.astype(np.float32) if part.x.dtype == np.float64 else part.x, self._rows)
             yield (x, self._mean, self._turn), part
 
     def chunks(self, rows: Rows) -> Iterator[tuple[jax.Array, Rows]]:
