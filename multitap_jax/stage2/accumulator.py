@@ -245,13 +245,18 @@ class Accumulator:
 
     # ---- sums out ----
 
-    def statistics(self) -> dict[Key, Statistics]:
-        """The sums of every bucket, about one origin (None is kept: `kept` is None). More rows may follow."""
+    def settle(self) -> None:
+        """Says that no more rows follow: the sums become statistics for good, one by one, and leave the device."""
+        if self._shifts is not None:
+            self._merged = self.statistics(last=True)
+
+    def statistics(self, last: bool = False) -> dict[Key, Statistics]:
+        """The sums of every bucket, about one origin (`kept` is None). Unless `last`, more rows may follow."""
         assert self._shifts is not None
         self.flush()
         found = dict(self._merged)
-        for key, moments in self._sums.items():
-            stats = self._device.finalize(moments)
+        for key in list(self._sums):
+            stats = self._device.finalize(self._sums.pop(key) if last else self._sums[key])
             found[key] = st.combine([found[key], st.recentre(stats, *_origin(found[key]))]) if key in found else stats
         origin = _origin(next(iter(found.values())))
         return {key: st.recentre(stats, *origin) for key, stats in found.items()}

@@ -235,6 +235,7 @@ class RidgeHead(Estimator):
 
         for rows in checked():
             data.add(rows)
+        data.settle()
         if mesh is not None and jax.process_count() > 1:
             data = persist.gather(data)
         replay = checked if replayable else None
