@@ -50,7 +50,7 @@ class Accumulator:
       folds: cross-validation folds, 1 for none.
       seed: of the fold hash; kept so that merged parts agree.
       keep_rows: rows that are kept and solved exactly; None: the number of features, at least `SHIFT_ROWS`.
-      chunk_rows: rows a device and update.
+      chunk_rows: rows a device and update; what is left in the end goes in quarters if two of them hold it.
       mesh: devices to sum on; None: the default device.
       count_groups: whether leave-one-group-out will need the size of every group (16 bytes or so a group).
     """
@@ -69,6 +69,7 @@ class Accumulator:
         self._keep_rows = keep_rows
         self._device = OneDevice() if mesh is None else OnMesh(mesh)
         self._chunk_rows = chunk_rows * self._device.row_shards
+        self._rest_rows = max(chunk_rows // 4, 1) * self._device.row_shards
         self._kept: list[Rows] = []
         self._shifts: tuple[np.ndarray, np.ndarray] | None = None  # set when rows are no longer kept
         self._sums: dict[Key, mm.Moments] = {}
@@ -220,6 +221,8 @@ class Accumulator:
         rows = concatenate(self._pending.pop(key))
         size, start = self._chunk_rows, 0
         while start < len(rows.x) and (whole or len(rows.x) - start >= size):
+            if len(rows.x) - start <= 2 * self._rest_rows:
+                size = self._rest_rows  # many buckets end in a part of a chunk; two shapes compile, no more
             part = rows.take(slice(start, start + size))
             x = part.x.astype(np.float32) if part.x.dtype == np.float64 else part.x
             chunk = [x, *(np.asarray(column, np.float32) for column in (part.y, part.weight))]
