@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from multitap_jax.demo.checkpoint import build_checkpoint
 from multitap_jax.demo.run import run_demo
 from multitap_jax.demo.texts import OBJECTIVES, vocabulary_sample
 from multitap_jax.demo.world import build_world
+from multitap_jax.stage2 import EmbeddingStore, RidgeHead
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 ROOT = CONFIGS.parent
@@ -117,6 +119,20 @@ def test_fitting_straight_from_records_equals_fitting_from_the_store(artefact, w
     assert "tau: the rows were read only once" in " ".join(shown.out.split())
     assert "embedding" in shown.err
     assert "scoring" not in shown.err
+
+
+@pytest.mark.parametrize("cv", ["gcv", "loo", "logo"])
+def test_fit_chooses_alpha_as_it_is_told(artefact, world, folder, cv):
+    store = folder / "store"
+    if not store.exists():
+        assert run("embed", f"--checkpoint={artefact}", f"--input={world.train}", f"--output={store}") == 0
+    copy = shutil.copytree(artefact, folder / f"artefact-{cv}")
+    assert run("fit", f"--checkpoint={copy}", f"--embeddings={store}", f"--cv={cv}") == 0
+    expected, found = RidgeHead(cv=cv).fit_store(EmbeddingStore(store)), load_file(copy / "heads.safetensors")
+    np.testing.assert_array_equal(found["ridge.alpha"], expected.alpha_)
+    np.testing.assert_allclose(found["ridge.coef"], expected.coef_, rtol=1e-5, atol=1e-7)
+    objectives = json.loads((copy / "multitap.json").read_text())["objectives"]
+    np.testing.assert_allclose([one["cv_score"] for one in objectives], expected.r2_, rtol=1e-6)
 
 
 def test_an_embedding_run_that_was_cut_off_goes_on(artefact, world, folder):

@@ -9,7 +9,7 @@ spectrum.py     three factorisations;  systems.py: which objectives share one
 solve.py        scores and the choice of alpha;  kfold.py, leave_out.py, heldout.py: rows not seen
 certificate.py  what float32 may have cost;  refine.py: passes that take it out again
 fitting.py      all of it in order
-head.py         RidgeHead, what users see;  uncertainty.py, plots.py
+head.py         RidgeHead, what users see; fitted.py: what needs no rows; uncertainty.py, plots.py
 """
 
 from multitap_jax.stage2.accumulator import Accumulator

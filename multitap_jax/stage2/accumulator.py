@@ -50,7 +50,7 @@ class Accumulator:
       folds: cross-validation folds, 1 for none.
       seed: of the fold hash; kept so that merged parts agree.
       keep_rows: rows that are kept and solved exactly; None: the number of features, at least `SHIFT_ROWS`.
-      chunk_rows: rows a device and update.
+      chunk_rows: rows a device and update; what is left in the end goes in quarters if two of them hold it.
       mesh: devices to sum on; None: the default device.
       count_groups: whether leave-one-group-out will need the size of every group (16 bytes or so a group).
     """
@@ -69,11 +69,13 @@ class Accumulator:
         self._keep_rows = keep_rows
         self._device = OneDevice() if mesh is None else OnMesh(mesh)
         self._chunk_rows = chunk_rows * self._device.row_shards
+        self._rest_rows = max(chunk_rows // 4, 1) * self._device.row_shards
         self._kept: list[Rows] = []
         self._shifts: tuple[np.ndarray, np.ndarray] | None = None  # set when rows are no longer kept
         self._sums: dict[Key, mm.Moments] = {}
         self._merged: dict[Key, Statistics] = {}
         self._pending: dict[Key, list[Rows]] = {}
+        self._in_flight: jax.Array | None = None
         self._labels: Labels | None = None
         self.precision = Precision()
         self.group_sizes: dict[int, int] = {}
@@ -105,8 +107,11 @@ class Accumulator:
 
     @property
     def kept(self) -> Rows | None:
-        """All rows, where they are still kept."""
-        return concatenate(self._kept) if self._shifts is None else None
+        """All rows, where they are still kept; x float32 or float64."""
+        if self._shifts is not None:
+            return None
+        rows = concatenate(self._kept)
+        return rows if rows.x.dtype == np.float64 else rows._replace(x=rows.x.astype(np.float32, copy=False))
 
     def restore(
         self,
@@ -216,15 +221,21 @@ class Accumulator:
         rows = concatenate(self._pending.pop(key))
         size, start = self._chunk_rows, 0
         while start < len(rows.x) and (whole or len(rows.x) - start >= size):
+            if len(rows.x) - start <= 2 * self._rest_rows:
+                size = self._rest_rows  # many buckets end in a part of a chunk; two shapes compile, no more
             part = rows.take(slice(start, start + size))
-            chunk = [np.asarray(column, np.float32) for column in (part.x, part.y, part.weight)]
+            x = part.x.astype(np.float32) if part.x.dtype == np.float64 else part.x
+            chunk = [x, *(np.asarray(column, np.float32) for column in (part.y, part.weight))]
             spare = size - len(part.x)
             if spare:
                 chunk = [np.pad(column, ((0, spare),) + ((0, 0),) * (column.ndim - 1)) for column in chunk]
             fresh = key not in self._sums
             before = self._empty() if fresh else self._sums.pop(key)
+            # One chunk at a time is summed while the next is prepared: chunks that wait are memory.
+            jax.block_until_ready(self._in_flight)
             self._sums[key] = self._device.update(before, *chunk)
-            if fresh:
+            self._in_flight = self._sums[key].num_rows
+            if fresh and not self.precision.chunks:
                 self.precision = self.precision.probe(self._device.finalize(self._sums[key]), *chunk)
             start += size
         if start < len(rows.x):
@@ -237,13 +248,18 @@ class Accumulator:
 
     # ---- sums out ----
 
-    def statistics(self) -> dict[Key, Statistics]:
-        """The sums of every bucket, about one origin (None is kept: `kept` is None). More rows may follow."""
+    def settle(self) -> None:
+        """Says that no more rows follow: the sums become statistics for good, one by one, and leave the device."""
+        if self._shifts is not None:
+            self._merged = self.statistics(last=True)
+
+    def statistics(self, last: bool = False) -> dict[Key, Statistics]:
+        """The sums of every bucket, about one origin (`kept` is None). Unless `last`, more rows may follow."""
         assert self._shifts is not None
         self.flush()
         found = dict(self._merged)
-        for key, moments in self._sums.items():
-            stats = self._device.finalize(moments)
+        for key in list(self._sums):
+            stats = self._device.finalize(self._sums.pop(key) if last else self._sums[key])
             found[key] = st.combine([found[key], st.recentre(stats, *_origin(found[key]))]) if key in found else stats
         origin = _origin(next(iter(found.values())))
         return {key: st.recentre(stats, *origin) for key, stats in found.items()}

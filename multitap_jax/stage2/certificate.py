@@ -1,9 +1,9 @@
 """How far float32 products can have moved the predictions: measured, not assumed.
 
-The first chunk of every bucket is multiplied again in float64 with a few random vectors, which gives the relative
-rounding error of the device's products on these very rows (it also finds a device that silently multiplies in TF32 or
-bfloat16). To first order a Gram error dG moves the coefficients by -(S + alpha)^-1 dG w; with entries of dG of
-deviation eps sqrt(G_ii G_jj) the error of the predictions follows from the spectrum, without another look at the rows.
+The first chunk of rows is multiplied again in float64 with a few random vectors, which gives the relative rounding
+error of the device's products on these very rows (it also finds a device that silently multiplies in TF32 or bfloat16).
+To first order a Gram error dG moves the coefficients by -(S + alpha)^-1 dG w; with entries of dG of deviation eps
+sqrt(G_ii G_jj) the error of the predictions follows from the spectrum, without another look at the rows.
 """
 
 from typing import NamedTuple
@@ -62,11 +62,46 @@ def prediction_error(
     """
     size = len(total.shift)
     diagonal = np.maximum(np.diagonal(total.gram), 0.0)
-    chunks = max(total.num_rows / 2048.0, 1.0)
-    eps = SAFETY * precision.error / np.sqrt(chunks)
     offset = (total.label_mean - total.label_shift) - coef @ (total.mean - total.shift)
     energy = (coef**2) @ diagonal[:size] + diagonal[size + 1 :] + offset**2 * total.weight
+    return _moved(precision, total, values, energy, alpha, label_energy)
+
+
+def correction_error(
+    precision: Precision,
+    total: Statistics,
+    values: np.ndarray,
+    correction: np.ndarray,
+    alpha: np.ndarray,
+    label_energy: np.ndarray,
+) -> np.ndarray:
+    """What is left of an error after `correction` float64[T, H], solved with the same sums for exact residuals.
+
+    It is the error of the correction itself, much as `prediction_error` is that of the coefficients. Infinite where
+    the error of the Gram may exceed alpha, so that a second correction need not be smaller than the first.
+    """
+    size = len(total.shift)
+    diagonal = np.maximum(np.diagonal(total.gram), 0.0)
+    energy = (correction**2) @ diagonal[:size] + (correction @ (total.mean - total.shift)) ** 2 * total.weight
+    left = _moved(precision, total, values, energy, alpha, label_energy)
+    return np.where(_entry_error(precision, total) * diagonal[:size].sum() < 0.5 * alpha, left, np.inf)
+
+
+def _entry_error(precision: Precision, total: Statistics) -> float:
+    return SAFETY * precision.error / np.sqrt(max(total.num_rows / 2048.0, 1.0))
+
+
+def _moved(
+    precision: Precision,
+    total: Statistics,
+    values: np.ndarray,
+    energy: np.ndarray,
+    alpha: np.ndarray,
+    label_energy: np.ndarray,
+) -> np.ndarray:
+    """float64[T], what a Gram error does to predictions by coefficients w of `energy` sum of G_ii w_i^2."""
+    trace = np.maximum(np.diagonal(total.gram)[: len(total.shift)], 0.0).mean()
     # A rotation spreads the diagonal evenly over the eigenvectors, on average: trace(G) / H each.
-    spread = np.sum(values[None, :] / (values[None, :] + alpha[:, None]) ** 2, axis=1) * diagonal[:size].mean()
+    spread = np.sum(values[None, :] / (values[None, :] + alpha[:, None]) ** 2, axis=1) * trace
     safe = np.where(label_energy > 0, label_energy, 1.0)
-    return np.where(label_energy > 0, eps * np.sqrt(energy * spread / safe), 0.0)
+    return np.where(label_energy > 0, _entry_error(precision, total) * np.sqrt(energy * spread / safe), 0.0)

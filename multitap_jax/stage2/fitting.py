@@ -7,7 +7,7 @@ import numpy as np
 
 from multitap_jax.stage2 import heldout, solve, systems
 from multitap_jax.stage2.accumulator import Accumulator
-from multitap_jax.stage2.certificate import prediction_error
+from multitap_jax.stage2.certificate import correction_error, prediction_error
 from multitap_jax.stage2.refine import TOLERANCE, refine
 from multitap_jax.stage2.rows import DataError, Rows
 from multitap_jax.stage2.systems import System
@@ -193,6 +193,13 @@ def _solve(
     shape = len(alpha), data.num_features
     coef, mean, scale = np.zeros(shape), np.zeros(shape), np.ones(shape)
     label_mean, energy, expected = np.zeros(len(alpha)), np.zeros(len(alpha)), np.zeros(len(alpha))
+
+    def certified(rule: Callable[..., np.ndarray], system: System, value: np.ndarray) -> np.ndarray:
+        """`prediction_error` or `correction_error` of `value` [t, H] of a system."""
+        values = np.zeros(data.num_features)
+        values[: len(system.factor.values)] = system.factor.values
+        return rule(data.precision, system.total, values, value, alpha[system.targets], system.label_energy)
+
     for system in every:
         which = system.targets
         if settings.solver == "device" and system.total is not None:
@@ -202,11 +209,7 @@ def _solve(
         coef[which], mean[which], scale[which] = own, system.mean[None, :], system.scale[None, :]
         label_mean[which], energy[which] = system.label_mean, system.label_energy
         if system.total is not None:
-            values = np.zeros(data.num_features)
-            values[: len(system.factor.values)] = system.factor.values
-            expected[which] = prediction_error(
-                data.precision, system.total, values, own, alpha[which], system.label_energy
-            )
+            expected[which] = certified(prediction_error, system, own)
     coef[flat], energy[flat], expected[flat] = 0.0, 0.0, 0.0
     if settings.solver == "device" and data.kept is not None:
         notes.append("few rows: solved exactly on the host")
@@ -217,8 +220,13 @@ def _solve(
         def precondition(residual: np.ndarray) -> np.ndarray:
             out = np.empty_like(residual)
             for system in every:
-                for target in system.targets:
-                    out[target] = system.factor.inverse(residual[target][None], alpha[target])[0]
+                out[system.targets] = system.factor.inverse(residual[system.targets], alpha[system.targets])
+            return out
+
+        def left_after(step: np.ndarray) -> np.ndarray:
+            out = np.empty(len(step))
+            for system in every:
+                out[system.targets] = certified(correction_error, system, step[system.targets])
             return out
 
         settled = refine(
@@ -232,6 +240,7 @@ def _solve(
             energy,
             settings.targets,
             settings.source_weights,
+            left_after,
             data.shared,
         )
         coef = settled.coef

@@ -14,15 +14,15 @@ from multitap_jax.stage2.rows import DataError
 from multitap_jax.stage2.uncertainty import Posterior
 
 if TYPE_CHECKING:
-    from multitap_jax.stage2.head import RidgeHead
+    from multitap_jax.stage2.fitted import FittedHead
 
 
-def to_arrays(head: "RidgeHead") -> dict[str, np.ndarray]:
+def to_arrays(head: "FittedHead") -> dict[str, np.ndarray]:
     """ "ridge.coef" float32[T, H], "ridge.intercept" float64[T], "ridge.alpha" float64[T]."""
     return {"ridge.coef": head.coef_, "ridge.intercept": head.intercept_, "ridge.alpha": head.alpha_}
 
 
-def metadata(head: "RidgeHead") -> dict[str, Any]:
+def metadata(head: "FittedHead") -> dict[str, Any]:
     """What a head is worth and where it comes from, as plain JSON values (None where not known)."""
     params = head.get_params()
     if not isinstance(head.alphas, str):
@@ -45,7 +45,7 @@ def metadata(head: "RidgeHead") -> dict[str, Any]:
     }
 
 
-def fill(head: "RidgeHead", arrays: Mapping[str, np.ndarray], data: Mapping[str, Any]) -> None:
+def fill(head: "FittedHead", arrays: Mapping[str, np.ndarray], data: Mapping[str, Any]) -> None:
     """Sets the attributes of a fit from `to_arrays` and `metadata`; other arrays are left alone.
 
     Raises:
@@ -78,7 +78,7 @@ def check_format(data: Mapping[str, Any]) -> None:
         raise DataError(f"metadata of format {data.get('format')!r} {data.get('version')!r}, not a ridge head")
 
 
-def save(head: "RidgeHead", path: Path, uncertainty: bool) -> Path:
+def save(head: "FittedHead", path: Path, uncertainty: bool) -> Path:
     """Writes PATH.safetensors with its PATH.json, or ridge.safetensors and ridge.json in the folder PATH."""
     file = _head_file(path)
     file.parent.mkdir(parents=True, exist_ok=True)

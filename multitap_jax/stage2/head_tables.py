@@ -9,10 +9,10 @@ from multitap_jax.display import TextTable
 from multitap_jax.evaluation.correlation import Metrics, evaluate_pairs
 
 if TYPE_CHECKING:
-    from multitap_jax.stage2.head import RidgeHead
+    from multitap_jax.stage2.fitted import FittedHead
 
 
-def summary(head: "RidgeHead") -> TextTable:
+def summary(head: "FittedHead") -> TextTable:
     """A line an objective; notes in the caption."""
     heads = f"{len(head.alpha_)} ridge head{'s' * (len(head.alpha_) != 1)}"
     table = TextTable(title=f"{heads} on {head.n_rows_:,} rows, alpha by {head.criterion_}")
@@ -49,7 +49,7 @@ def mean_r2(predicted: np.ndarray, labels: np.ndarray, weight: np.ndarray | None
     return float(np.mean(scores)) if scores else float("nan")
 
 
-def intervals(head: "RidgeHead", samples: int, seed: int, level: float) -> dict[str, Metrics]:
+def intervals(head: "FittedHead", samples: int, seed: int, level: float) -> dict[str, Metrics]:
     """Objective -> statistics of its held-out predictions with bootstrap intervals over groups."""
     predicted, labels, groups = head.cv_predictions_, head.cv_labels_, head.cv_groups_
     if predicted is None or labels is None or groups is None:
@@ -65,7 +65,7 @@ def intervals(head: "RidgeHead", samples: int, seed: int, level: float) -> dict[
     return found
 
 
-def append(head: "RidgeHead", new: "RidgeHead") -> None:
+def append(head: "FittedHead", new: "FittedHead") -> None:
     """Adds the objectives of `new` to `head`. Held-out predictions stay where both have them for the same rows."""
     before = len(head.objective_names_)
     for name in ("coef_", "intercept_", "alpha_", "r2_", "tau_", "n_observed_"):

@@ -122,8 +122,7 @@ def single_errors(
         z, basis = _row_basis(system, settings.fit_intercept)
         rows = system.rows
         if not by_group:
-            residuals = (leave_out.single_residuals(z, rows.y, rows.weight, basis, alpha) for alpha in alphas)
-            return np.stack([rows.weight @ residual**2 for residual in residuals])
+            return leave_out.single_energy(z, rows.y, rows.weight, basis, alphas)
         for index in _blocks(rows, rows.group):
             residual = leave_out.left_out(z[index], rows.y[index], rows.weight[index], basis, alphas)
             total += np.einsum("cmt,m->ct", residual**2, rows.weight[index])
@@ -208,8 +207,7 @@ def _fold_head_of_rows(system: System, fold: int, alpha: np.ndarray, intercept: 
         weight = system.rows.weight[index]
         residual = leave_out.left_out(z[index], system.rows.y[index], weight, basis, alpha, per_column=True)
         pull = (residual * weight[:, None]).T @ system.centred_rows(system.rows.x[index])
-        for target, value in enumerate(alpha):
-            coef[target] -= system.factor.inverse(pull[target][None], value)[0]
+        coef -= system.factor.inverse(pull, alpha)
         label_mean -= (residual * weight[:, None]).sum(0) / basis.weight
     return coef, label_mean - coef @ system.mean
 

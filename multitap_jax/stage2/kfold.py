@@ -37,54 +37,71 @@ def fold_scores(
     total: Statistics, folds: Sequence[Statistics], spectrum: Eigen, alphas: np.ndarray, fit_intercept: bool
 ) -> list[FoldScore]:
     """The held-out error of every fold, alpha [C] and objective. Empty folds give 0."""
-    nothing = np.zeros((len(alphas), len(total.label_shift)))
-    return [
-        FoldScore(_score(total, fold, spectrum, alphas, fit_intercept), fold.weight)
-        if fold.num_rows
-        else FoldScore(nothing, 0.0)
-        for fold in folds
-    ]
+    nothing = FoldScore(np.zeros((len(alphas), len(total.label_shift))), 0.0)
+    if len(total.shift) <= DIRECT_UP_TO:
+        score = lambda fold: _refitted(total, fold, alphas, fit_intercept)
+    else:
+        score = _Iteration(total, spectrum, alphas, fit_intercept).score
+    return [FoldScore(score(fold), fold.weight) if fold.num_rows else nothing for fold in folds]
 
 
-def _score(
-    total: Statistics, held_out: Statistics, spectrum: Eigen, alphas: np.ndarray, fit_intercept: bool
-) -> np.ndarray:
+def _refitted(total: Statistics, held_out: Statistics, alphas: np.ndarray, fit_intercept: bool) -> np.ndarray:
     size = len(total.shift)
-    if size <= DIRECT_UP_TO:
-        about = centred(subtract(total, held_out), fit_intercept)
-        apart = eigen(about.gram[:size, :size], about.gram[:size, size + 1 :])
-        coef = np.stack([apart.coefficients(np.full(len(total.label_shift), alpha)) for alpha in alphas])
-        return squared_error(held_out, coef, about.label_shift[None, :] - coef @ about.shift)
-    origin = (total.mean, total.label_mean) if fit_intercept else (np.zeros(size), np.zeros_like(total.label_shift))
-    fold = recentre(held_out, *origin)
-    train = recentre(subtract(total, held_out), *origin)
-    train_mean = (train.mean - origin[0], train.label_mean - origin[1])
-    if not fit_intercept:
-        train_mean = tuple(np.zeros_like(value) for value in train_mean)
-    cross = train.gram[:size, size + 1 :] - train.weight * np.outer(*train_mean)
-    scale = spectrum.values.mean() or 1.0
-    unit = np.sqrt(scale)  # x / unit: eigenvalues about 1, and float32 far from its limits
-    targets = len(total.label_shift)
-    sums, label_sums = fold.gram[size, :size] / unit, fold.gram[size, size + 1 :]
-    device = functools.partial(jnp.asarray, dtype=jnp.float32)
-    # 4 H^3 once, or 4 H^2 more per column and iteration
-    transform = size < 5 * len(alphas) * targets
-    error, residual = _iterate(
-        device(spectrum.values / scale),
-        device(spectrum.vectors),
-        device(fold.gram[:size, :size] / scale),
-        device(spectrum.vectors.T @ cross / unit),
-        device(spectrum.vectors.T @ (fold.gram[:size, size + 1 :] / unit)),
-        device(spectrum.vectors.T @ (train_mean[0] / unit)),
-        device(spectrum.vectors.T @ sums),
-        (device(train.weight), device(fold.weight), device(train_mean[1]), device(label_sums)),
-        device(np.diagonal(fold.gram)[size + 1 :]),
-        device(np.diagonal(train.gram)[size + 1 :] + np.diagonal(fold.gram)[size + 1 :]),
-        device(alphas / scale),
-        transform=transform,
-    )
-    error = np.asarray(error, np.float64)
-    return np.where(np.asarray(residual) <= SCORE_TOLERANCE, np.maximum(error, 0.0), np.inf)
+    about = centred(subtract(total, held_out), fit_intercept)
+    apart = eigen(about.gram[:size, :size], about.gram[:size, size + 1 :])
+    coef = np.stack([apart.coefficients(np.full(len(total.label_shift), alpha)) for alpha in alphas])
+    return squared_error(held_out, coef, about.label_shift[None, :] - coef @ about.shift)
+
+
+class _Iteration:
+    """Conjugate gradients for one fold after the other; what they share is on the device once."""
+
+    def __init__(self, total: Statistics, spectrum: Eigen, alphas: np.ndarray, fit_intercept: bool) -> None:
+        size = len(total.shift)
+        self._origin = (
+            (total.mean, total.label_mean) if fit_intercept else (np.zeros(size), np.zeros_like(total.label_shift))
+        )
+        about = recentre(total, *self._origin)
+        self._labels = about.gram[:, size + 1 :].copy()  # [E, T], all that the training rows' own sums are needed for
+        self._sums, self._weight, self._intercept = about.gram[:size, size].copy(), total.weight, fit_intercept
+        self._vectors = spectrum.vectors
+        self._scale = spectrum.values.mean() or 1.0
+        self._shared = (
+            jnp.asarray(spectrum.values / self._scale, jnp.float32),
+            jnp.asarray(spectrum.vectors, jnp.float32),
+            jnp.asarray(alphas / self._scale, jnp.float32),
+        )
+        # 4 H^3 once, or 4 H^2 more per column and iteration
+        self._transform = size < 5 * len(alphas) * len(total.label_shift)
+
+    def score(self, held_out: Statistics) -> np.ndarray:
+        """Held-out sum of squares float64[C, T], infinite where it has not converged."""
+        size = len(held_out.shift)
+        fold = recentre(held_out, *self._origin)
+        unit = np.sqrt(self._scale)  # x / unit: eigenvalues about 1, and float32 far from its limits
+        sums, fold_labels = fold.gram[:size, size], fold.gram[:, size + 1 :]
+        train_labels, train_weight = self._labels - fold_labels, self._weight - fold.weight
+        shift = float(self._intercept) / train_weight  # without an intercept the training rows' mean is not removed
+        mean, label_mean = (self._sums - sums) * shift, train_labels[size] * shift
+        turned = lambda value: self._vectors.T @ (value / unit)
+        device = functools.partial(jnp.asarray, dtype=jnp.float32)
+        values, vectors, alphas = self._shared
+        error, residual = _iterate(
+            values,
+            vectors,
+            jnp.asarray(np.multiply(fold.gram[:size, :size], 1.0 / self._scale, dtype=np.float32, casting="same_kind")),
+            device(turned(train_labels[:size] - train_weight * np.outer(mean, label_mean))),
+            device(turned(fold_labels[:size])),
+            device(turned(mean)),
+            device(turned(sums)),
+            (device(train_weight), device(fold.weight), device(label_mean), device(fold_labels[size])),
+            device(np.diagonal(fold_labels[size + 1 :])),
+            device(np.diagonal(self._labels[size + 1 :])),
+            alphas,
+            transform=self._transform,
+        )
+        error = np.asarray(error, np.float64)
+        return np.where(np.asarray(residual) <= SCORE_TOLERANCE, np.maximum(error, 0.0), np.inf)
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:

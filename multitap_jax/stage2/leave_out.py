@@ -6,14 +6,18 @@ e / (1 - h), Cook & Weisberg, 1982). Rows of weight 0, and rows without the labe
 not seen their group predicts. A fold is a group too, and so k-fold of few rows is done the same way.
 """
 
+from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from multitap_jax.stage2.rows import Rows, concatenate
+
+IN_FLIGHT = 2  # chunks
+LARGE_GROUP = 32  # rows; from here on half a product is worth a loop over the alphas
 
 
 class Basis(NamedTuple):
@@ -59,9 +63,16 @@ def left_out(
         leverage = (inverse @ z[0] ** 2 + 1.0 / basis.weight) * weight[0]
         out = error / (1.0 - leverage)[:, None, None]
     else:
-        hat = (z[None] * inverse[:, None, :]) @ z.T + 1.0 / basis.weight
+        hat = _hats(z, inverse) + 1.0 / basis.weight
         out = np.linalg.solve(np.eye(len(z))[None] - hat * weight[None, None, :], error)
     return out[:, :, 0].T if per_column else out
+
+
+def _hats(z: np.ndarray, inverse: np.ndarray) -> np.ndarray:
+    """z diag(inverse_c) z^T for every c, float64[C, m, m]; a large one as the product of a matrix with itself, half."""
+    if len(z) < LARGE_GROUP:
+        return (z[None] * inverse[:, None, :]) @ z.T
+    return np.stack([scaled @ scaled.T for scaled in (z * root[None, :] for root in np.sqrt(inverse))])
 
 
 @jax.jit
@@ -71,17 +82,13 @@ def rotate(x: jax.Array, mean: jax.Array, turn: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _single_scores(z, error, weight, inverse, share):
-    # e / (1 - w h) for every alpha at once: error [n, C, T], inverse [C, r]
+def _single_scores(x, labels, weight, mean, turn, solution, inverse, share):
+    """sum of w (e / (1 - w h))^2 of a chunk, every alpha at once: [C, t]; solution [r, C t], inverse [C, r]."""
+    z = rotate(x, mean, turn)
+    predicted = jnp.dot(z, solution, precision=jax.lax.Precision.HIGHEST).reshape(len(z), -1, labels.shape[1])
     leverage = (jnp.dot(z * z, inverse.T, precision=jax.lax.Precision.HIGHEST) + share) * weight[:, None]
-    out = error / (1.0 - leverage)[:, :, None]
-    return jnp.einsum("nct,nct,n->ct", out, out, weight, precision=jax.lax.Precision.HIGHEST)
-
-
-@jax.jit
-def _errors(z, labels, solution):
-    predicted = jnp.dot(z, solution, precision=jax.lax.Precision.HIGHEST)
-    return labels[:, None, :] - predicted.reshape(len(z), -1, labels.shape[1])
+    out = (labels[:, None, :] - predicted) / (1.0 - leverage)[:, :, None]
+    return jnp.sum(out * out * weight[:, None, None], axis=0)
 
 
 class Pass:
@@ -92,12 +99,17 @@ class Pass:
         self._mean = jnp.asarray(basis.mean * basis.scale, jnp.float32)
         self._turn = jnp.asarray(basis.vectors / basis.scale[:, None], jnp.float32)
 
-    def chunks(self, rows: Rows) -> Iterator[tuple[jax.Array, Rows]]:
-        """(z float32[chunk_rows, r] with spare rows at the end, the rows) piece by piece."""
+    def inputs(self, rows: Rows) -> Iterator[tuple[tuple[Any, ...], Rows]]:
+        """(the arguments of `rotate`, the rows) piece by piece; the last piece is filled up with rows of 0."""
         for start in range(0, len(rows.x), self._rows):
             part = rows.take(slice(start, start + self._rows))
-            x = np.pad(np.asarray(part.x, np.float32), ((0, self._rows - len(part.x)), (0, 0)))
-            yield rotate(x, self._mean, self._turn), part
+            x = _filled(part.x.astype(np.float32) if part.x.dtype == np.float64 else part.x, self._rows)
+            yield (x, self._mean, self._turn), part
+
+    def chunks(self, rows: Rows) -> Iterator[tuple[jax.Array, Rows]]:
+        """(z float32[chunk_rows, r] with spare rows at the end, the rows) piece by piece."""
+        for inputs, part in self.inputs(rows):
+            yield rotate(*inputs), part
 
 
 def single_scores(passes: Pass, rows: Iterable[Rows], columns: np.ndarray, alphas: np.ndarray) -> np.ndarray:
@@ -106,17 +118,23 @@ def single_scores(passes: Pass, rows: Iterable[Rows], columns: np.ndarray, alpha
     inverse = 1.0 / (basis.values[None, :] + alphas[:, None])
     solution = np.transpose(basis.projected[None] * inverse[:, :, None], (1, 0, 2)).reshape(len(basis.values), -1)
     device = [jnp.asarray(value, jnp.float32) for value in (solution, inverse, 1.0 / basis.weight)]
-    total = np.zeros((len(alphas), len(columns)))
+    total, waiting = np.zeros((len(alphas), len(columns))), deque[jax.Array]()
     for batch in rows:
-        for z, part in passes.chunks(batch):
+        for inputs, part in passes.inputs(batch):
             y = part.y[:, columns] - basis.label_mean[None, :]
             seen = ~np.isnan(y[:, 0])
-            spare = (0, len(z) - len(y))
-            labels = np.pad(np.where(seen[:, None], y, 0.0).astype(np.float32), (spare, (0, 0)))
-            weight = np.pad((part.weight * seen).astype(np.float32), spare)
-            error = _errors(z, labels, device[0])
-            total += np.asarray(_single_scores(z, error, weight, *device[1:]), np.float64)
-    return total
+            labels = _filled(np.where(seen[:, None], y, 0.0).astype(np.float32), len(inputs[0]))
+            weight = _filled((part.weight * seen).astype(np.float32), len(inputs[0]))
+            waiting.append(_single_scores(inputs[0], labels, weight, *inputs[1:], *device))
+            if len(waiting) > IN_FLIGHT:  # the device is busy while the next rows are read
+                total += np.asarray(waiting.popleft(), np.float64)
+    return sum((np.asarray(part, np.float64) for part in waiting), total)
+
+
+def _filled(column: np.ndarray, rows: int) -> np.ndarray:
+    """`column` [n, ...] with zeros up to `rows`; itself where it has as many."""
+    spare = rows - len(column)
+    return np.pad(column, ((0, spare),) + ((0, 0),) * (column.ndim - 1)) if spare else column
 
 
 def whole_groups(batches: Iterable[Rows], sizes: dict[int, int]) -> Iterator[list[Rows]]:
@@ -146,3 +164,13 @@ def single_residuals(
     error = np.where(np.isnan(y), 0.0, y) - basis.label_mean[None, :] - z @ (basis.projected * inverse.T)
     leverage = (z**2 @ inverse.T + 1.0 / basis.weight) * (weight[:, None] * ~np.isnan(y))
     return error / (1.0 - leverage)
+
+
+def single_energy(z: np.ndarray, y: np.ndarray, weight: np.ndarray, basis: Basis, alphas: np.ndarray) -> np.ndarray:
+    """Sum of w e^2 of `single_residuals` at every alpha, float64[C, T]; every row has every label."""
+    inverse = 1.0 / (basis.values[None, :] + alphas[:, None])
+    free = 1.0 - (z**2 @ inverse.T + 1.0 / basis.weight) * weight[:, None]
+    solution = (basis.projected[None] * inverse[:, :, None]).transpose(1, 0, 2)
+    predicted = (z @ solution.reshape(len(solution), -1)).reshape(len(z), len(alphas), -1)
+    residual = ((y - basis.label_mean[None, :])[:, None, :] - predicted) / free[:, :, None]
+    return np.einsum("nct,n->ct", residual**2, weight)

@@ -11,7 +11,8 @@ A^T A (see statistics.py). Two traps of float32 are met here (measured with n = 
 
 The product is symmetric, so only half is computed, in a layout without special cases: of K slabs of e columns, slab p
 is multiplied with the slabs p, p+1, ..., p + K//2 (mod K). For odd K every pair is met once, as in a triangle of
-blocks, yet all slabs are alike: an array [K, e, (K//2 + 1) e], which a mesh can split by its first axis.
+blocks, yet all slabs are alike: an array [K, e, (K//2 + 1) e], which a mesh can split by its first axis. Each slab is
+written as an array of its own: a product of column ranges of one wide array would copy both of them first.
 """
 
 import functools
@@ -27,7 +28,7 @@ from multitap_jax.files import write_atomic
 from multitap_jax.stage2.statistics import Statistics
 
 Array = jax.Array | np.ndarray
-MANY_FEATURES = 3000  # from here on five slabs are faster than three
+MANY_FEATURES = 3000  # from here on nine slabs are faster than seven on a CPU
 
 
 class Moments(NamedTuple):
@@ -48,6 +49,13 @@ class Moments(NamedTuple):
     label_shift: jax.Array
 
 
+def default_slabs(num_features: int) -> int:
+    """K for the default backend: more slabs waste less of the product, fewer keep an accelerator's products large."""
+    if jax.default_backend() != "cpu":
+        return 3
+    return 9 if num_features >= MANY_FEATURES else 7
+
+
 def slab_shape(width: int, slabs: int) -> tuple[int, int, int]:
     """Shape of `Moments.hi` for `width` = E columns, padded to a multiple of `slabs`."""
     size = -(-width // slabs)
@@ -65,7 +73,7 @@ def init(
     shift, label_shift = jnp.asarray(shift, jnp.float32), jnp.asarray(label_shift, jnp.float32)
     if shift.shape != (num_features,) or label_shift.shape != (num_objectives,):
         raise ValueError(f"shifts {shift.shape}, {label_shift.shape}; expected {(num_features,)}, {(num_objectives,)}")
-    slabs = slabs or (5 if num_features >= MANY_FEATURES else 3)
+    slabs = slabs or default_slabs(num_features)
     empty = jnp.zeros(slab_shape(num_features + 1 + num_objectives, slabs), jnp.float32)
     return Moments(empty, empty.copy(), jnp.zeros((), jnp.int32), shift, label_shift)
 
@@ -85,29 +93,39 @@ def add_pairs(
     return _two_sum(total, error + lo if more_lo is None else error + lo + more_lo)
 
 
-def augmented(moments: Moments, x: Array, y: Array, weight: Array, columns: int) -> jax.Array:
-    """A float32[n, columns]: sqrt(w) [x - s | 1 | y - t | 0 ...], with 0 for a missing label."""
+def augmented(moments: Moments, x: Array, y: Array, weight: Array, slabs: int, size: int) -> list[jax.Array]:
+    """The columns of A = sqrt(w) [x - s | 1 | y - t | 0 ...], 0 for a missing label: `slabs` of float32[n, size]."""
     root = jnp.sqrt(weight)[:, None]
     labels = jnp.where(jnp.isnan(y), 0.0, y - moments.label_shift[None, :])
-    parts = [(x.astype(jnp.float32) - moments.shift[None, :]) * root, root, labels * root]
-    spare = columns - sum(part.shape[1] for part in parts)
-    return jnp.concatenate([*parts, jnp.zeros((len(root), spare), jnp.float32)], axis=1)
+    features = x.shape[1]
+    spare = slabs * size - features - 1 - y.shape[1]
+    tail = jnp.concatenate([root, labels * root, jnp.zeros((len(root), spare), jnp.float32)], axis=1)
+    out = []
+    for start in range(0, slabs * size, size):
+        middle, stop = min(max(features, start), start + size), start + size  # features up to `middle`, then the tail
+        inner = (x[:, start:middle].astype(jnp.float32) - moments.shift[None, start:middle]) * root
+        outer = tail[:, max(start - features, 0) : stop - features] if stop > features else tail[:, :0]
+        out.append(jnp.concatenate([inner, outer], axis=1))
+    return out
 
 
-def slab_products(row: jax.Array, first: Array | int, slabs: int, shape: tuple[int, ...]) -> jax.Array:
-    """The products of `slabs` slabs from `first` on: float32[slabs, e, (K//2 + 1) e], of `row` [n, K e]."""
-    _, size, reach = shape
-    row = jnp.concatenate([row, row[:, : reach - size]], axis=1)
-    row = jax.lax.optimization_barrier(row)  # written once, not recomputed in every product
+def slab_products(columns: list[jax.Array], first: Array | int, own: int) -> jax.Array:
+    """The products of `own` slabs from `first` on with those after them: float32[own, e, (K//2 + 1) e]."""
+    count = len(columns)
+    columns = jax.lax.optimization_barrier(columns)  # written once, not recomputed in every product
+    if isinstance(first, int):
+        slab = lambda index: columns[(first + index) % count]
+    else:
+        stacked = jnp.stack(columns)
+        slab = lambda index: jax.lax.dynamic_index_in_dim(stacked, (first + index) % count, keepdims=False)
 
-    def product(slab: int) -> jax.Array:
-        start = (first + slab) * size
-        left = jax.lax.dynamic_slice_in_dim(row, start, size, axis=1)
-        right = jax.lax.dynamic_slice_in_dim(row, start, reach, axis=1)
+    def product(left: jax.Array, right: jax.Array) -> jax.Array:
         # HIGHEST by name: the default of an accelerator is bfloat16 or TF32, which loses the digits kept below.
         return jax.lax.dot_general(left, right, (((0,), (0,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
 
-    return jnp.stack([product(slab) for slab in range(slabs)])
+    reach = count // 2 + 1
+    rows = [jnp.concatenate([product(slab(p), slab(p + k)) for k in range(reach)], axis=1) for p in range(own)]
+    return jnp.stack(rows)
 
 
 @functools.partial(jax.jit, donate_argnames="moments")
@@ -120,9 +138,9 @@ def update(moments: Moments, x: Array, y: Array, weight: Array) -> Moments:
       y: float32[n, T]; NaN counts as absent, and the sums that involve it are meaningless in this bucket.
       weight: float32[n], >= 0; rows of weight 0 are padding.
     """
-    shape = moments.hi.shape
-    row = augmented(moments, x, y, weight, shape[0] * shape[1])
-    hi, lo = add_pairs(moments.hi, moments.lo, slab_products(row, 0, shape[0], shape))
+    slabs, size, _ = moments.hi.shape
+    columns = augmented(moments, x, y, weight, slabs, size)
+    hi, lo = add_pairs(moments.hi, moments.lo, slab_products(columns, 0, slabs))
     return moments._replace(hi=hi, lo=lo, num_rows=moments.num_rows + jnp.sum(weight > 0, dtype=jnp.int32))
 
 

@@ -9,6 +9,7 @@ from multitap_jax.stage2.rows import Rows
 from multitap_jax.stage2.sharded import sum_over_processes
 
 TOLERANCE = 1e-7  # error of the predictions, in standard deviations of the labels
+BLOCK_ROWS = 512  # rows in float64 at a time: they stay in the cache
 MAX_PASSES = 20
 
 
@@ -31,14 +32,16 @@ def refine(
     label_energy: np.ndarray,
     targets: np.ndarray,
     source_weights: Mapping[str, float],
+    left_after: Callable[[np.ndarray], np.ndarray],
     shared: bool = False,
 ) -> Refined:
     """Conjugate gradients on the normal equations of the rows themselves, in float64.
 
     The solution of the float32 statistics is the start and their inverse the preconditioner, so one to three passes
-    (4 N H T operations each) do. Plain iterative refinement costs the same but diverges where alpha is below the
-    error of the Gram. Hestenes & Stiefel (1952), all objectives side by side. With several processes each reads its
-    own rows, and the sums are added up.
+    (4 N H T operations each) do. Where the certificate vouches for it, a whole step ends the search without another
+    pass to measure its length: plain iterative refinement, which diverges where alpha is below the error of the Gram.
+    Hestenes & Stiefel (1952), all objectives side by side. With several processes each reads its own rows, and the
+    sums are added up.
 
     Args:
       replay: gives the rows anew at each call.
@@ -50,17 +53,22 @@ def refine(
       label_energy: float64[T], sum w (y - label_mean)^2; 0 leaves an objective as it is.
       targets: int[T], columns of the labels.
       source_weights: by which a source's sample weights are multiplied.
+      left_after: [T, H] -> [T], the error expected to be left by a whole step of the preconditioner (certificate.py).
       shared: whether other processes hold other rows of the same fit.
     """
     active, offset_of = label_energy > 0, lambda direction: np.sum(mean * direction, axis=1)[None, :]
 
     def gather(value_of: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
         """sum w (x / scale - mean) value(y, x) over the rows in which the objective is observed: [T, H]."""
-        out = np.zeros_like(coef)
+        out, block = np.zeros_like(coef), np.empty((BLOCK_ROWS, coef.shape[1]))
         for rows in replay():
-            x, y = rows.x.astype(np.float64), rows.y[:, targets]
-            value = value_of(y, x) * weights_of(rows, source_weights)[:, None] * ~np.isnan(y)
-            out += (value.T @ x) / scale - value.sum(0)[:, None] * mean
+            weight, labels = weights_of(rows, source_weights), rows.y[:, targets]
+            for start in range(0, len(labels), BLOCK_ROWS):
+                part = slice(start, start + BLOCK_ROWS)
+                y, x = labels[part], block[: len(labels[part])]
+                x[...] = rows.x[part]
+                value = value_of(y, x) * weight[part, None] * ~np.isnan(y)
+                out += (value.T @ x) / scale - value.sum(0)[:, None] * mean
         return np.where(active[:, None], sum_over_processes(out, shared), 0.0)
 
     start = coef
@@ -76,6 +84,9 @@ def refine(
         error = np.sqrt(decrease / np.where(active, label_energy, 1.0))
         if passes == MAX_PASSES or error.max() <= TOLERANCE:
             break
+        left = np.where(active, left_after(step), 0.0)
+        if left.max() <= TOLERANCE:
+            return Refined(coef + step, passes, left)
         direction = step + (decrease / previous)[:, None] * direction
         current = direction
         product = gather(lambda _, x: x @ (current / scale).T - offset_of(current))  # noqa: B023

@@ -4,9 +4,11 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 HASHED_COLUMNS = 64
+BFLOAT16 = np.dtype(jnp.bfloat16)
 FIT_ROWS = 4096
 
 
@@ -29,7 +31,7 @@ class Rows(NamedTuple):
     """A batch of checked rows.
 
     Attributes:
-      x: float32 or float64[n, H].   y: float64[n, T] with NaN for missing.   weight: float64[n].
+      x: bfloat16, float32 or float64[n, H].   y: float64[n, T] with NaN for missing.   weight: float64[n].
       group: uint64[n], hash of the group.   fold: int[n].   source: str[n].
     """
 
@@ -84,8 +86,8 @@ def fold_of(group: np.ndarray, folds: int, seed: int) -> np.ndarray:
     return (_mixed(group ^ _mixed(np.array([seed + 1], np.uint64))) % np.uint64(folds)).astype(np.int64)
 
 
-def checked_rows(batches: Iterable[Sequence[Any]], folds: int, seed: int) -> Iterator[Rows]:
-    """The batches with groups, folds, weights and sources filled in.
+def checked_rows(batches: Iterable[Sequence[Any]], folds: int, seed: int, grouped: bool = True) -> Iterator[Rows]:
+    """The batches with groups, folds, weights and sources filled in; unless `grouped`, all groups and folds are 0.
 
     Raises:
       DataError: for shapes that do not fit, NaN or infinity in X, infinity in Y, or a bad weight.
@@ -99,7 +101,7 @@ def checked_rows(batches: Iterable[Sequence[Any]], folds: int, seed: int) -> Ite
         x, y = (value.astype(np.float64) if value.dtype == object else value for value in (x, y))
         if x.ndim != 2:
             raise DataError(f"X is {x.ndim}-dimensional, {x.shape}; it must be [N, H]. Reshape your data")
-        x = x if x.dtype == np.float64 else x.astype(np.float32, copy=False)
+        x = x if x.dtype in (np.float64, BFLOAT16) else x.astype(np.float32, copy=False)
         y = (y[:, None] if y.ndim == 1 else y).astype(np.float64)
         n = len(x)
         weight = np.ones(n) if weight is None else np.asarray(weight, np.float64)
@@ -114,7 +116,7 @@ def checked_rows(batches: Iterable[Sequence[Any]], folds: int, seed: int) -> Ite
             what, given = ("feature(s)", x.shape) if shape[0] == 0 else ("objective(s)", y.shape)
             raise DataError(f"0 {what} (shape={given}) while a minimum of 1 is required.")
         _check_numbers(x, y, weight, first)
-        group = group_hash(groups, x)
+        group = group_hash(groups, x) if grouped else np.zeros(n, np.uint64)
         yield Rows(x, y, weight, group, fold_of(group, folds, seed), sources)
         first += n
 
@@ -144,15 +146,23 @@ def folds_of_splits(splits: Sequence[tuple[Any, Any]], num_rows: int) -> np.ndar
     return fold
 
 
-def _check_numbers(x: np.ndarray, y: np.ndarray, weight: np.ndarray, first: int) -> None:
+def _is_sound(x: np.ndarray) -> bool:
+    """Whether every number of x is finite and fits float32."""
+    if x.dtype == BFLOAT16:  # the exponent of NaN and infinity is all ones: the largest bits of either sign
+        return bool(x.view(np.int16).max(initial=0) < 0x7F80 and x.view(np.uint16).max(initial=0) < 0xFF80)
+    limit = np.finfo(np.float32).max
+    if x.dtype == np.float64 and not (x.max(initial=0.0) <= limit and x.min(initial=0.0) >= -limit):
+        return False
     # One product touches every number once: NaN and infinity survive it, and the factor keeps sums from overflowing.
     with np.errstate(all="ignore"):
-        unsound = ~np.isfinite(x @ np.full(x.shape[1], 1e-20, x.dtype))
+        return bool(np.isfinite(x @ np.full(x.shape[1], 1e-20, x.dtype)).all())
+
+
+def _check_numbers(x: np.ndarray, y: np.ndarray, weight: np.ndarray, first: int) -> None:
     limit = np.finfo(np.float32).max
-    if x.dtype == np.float64:
-        unsound |= ~((x.max(1) <= limit) & (x.min(1) >= -limit))
+    bad_x = np.zeros((0, 1), bool) if _is_sound(x) else ~(np.abs(x.astype(np.float64)) <= limit)
     for name, bad, remedy in (
-        ("X", np.zeros((0, 1), bool) if not unsound.any() else ~(np.abs(x) <= limit), "embeddings must be finite"),
+        ("X", bad_x, "embeddings must be finite"),
         ("Y", ~(np.isnan(y) | (np.abs(y) <= limit)), "use NaN for a missing label"),
         ("sample_weight", ~(np.isfinite(weight) & (weight >= 0))[:, None], "weights must be finite and >= 0"),
     ):

@@ -75,7 +75,7 @@ class OnMesh:
 
     def init(self, num_features: int, num_objectives: int, shift: np.ndarray, label_shift: np.ndarray) -> mm.Moments:
         """Empty moments on the mesh."""
-        slabs = next(count for count in range(3, 3 + 2 * self.tensor) if count % self.tensor == 0)
+        slabs = -(-mm.default_slabs(num_features) // self.tensor) * self.tensor
         shape = (self.row_shards, *mm.slab_shape(num_features + 1 + num_objectives, slabs))
         empty = np.zeros(shape, np.float32)
         counts = np.zeros(self.row_shards, np.int32)
@@ -101,11 +101,11 @@ class OnMesh:
 
 def _update_shard(moments: mm.Moments, x: Any, y: Any, weight: Any, *, split: str | None) -> mm.Moments:
     """One device's part: its rows, times the slabs that it holds."""
-    _, own, size, reach = moments.hi.shape
+    _, own, size, _ = moments.hi.shape
     shards = 1 if split is None else jax.lax.axis_size(split)
     first = 0 if split is None else jax.lax.axis_index(split) * own
-    row = mm.augmented(moments, x, y, weight, own * shards * size)
-    products = mm.slab_products(row, first, own, (own * shards, size, reach))
+    columns = mm.augmented(moments, x, y, weight, own * shards, size)
+    products = mm.slab_products(columns, first, own)
     hi, lo = mm.add_pairs(moments.hi[0], moments.lo[0], products)
     count = moments.num_rows + jnp.sum(weight > 0, dtype=jnp.int32)
     return moments._replace(hi=hi[None], lo=lo[None], num_rows=count)

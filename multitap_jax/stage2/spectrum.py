@@ -39,8 +39,8 @@ class Factor(Protocol):
         """W^T = ((S + alpha_t)^-1 c_t) float64[T, H], alpha [T]."""
         ...
 
-    def inverse(self, rows: np.ndarray, alpha: float) -> np.ndarray:
-        """(S + alpha)^-1 times each of the rows float64[n, H]."""
+    def inverse(self, rows: np.ndarray, alpha: np.ndarray | float) -> np.ndarray:
+        """(S + alpha)^-1 times each of the rows float64[n, H]; alpha one for all, or float64[n]."""
         ...
 
 
@@ -59,8 +59,8 @@ class Eigen(NamedTuple):
     def coefficients(self, alpha: np.ndarray) -> np.ndarray:
         return (self.projected.T / (self.values[None, :] + alpha[:, None])) @ self.vectors.T
 
-    def inverse(self, rows: np.ndarray, alpha: float) -> np.ndarray:
-        return ((rows @ self.vectors) / (self.values[None, :] + alpha)) @ self.vectors.T
+    def inverse(self, rows: np.ndarray, alpha: np.ndarray | float) -> np.ndarray:
+        return ((rows @ self.vectors) / (self.values[None, :] + np.atleast_1d(alpha)[:, None])) @ self.vectors.T
 
 
 class Tridiagonal(NamedTuple):
@@ -88,9 +88,12 @@ class Tridiagonal(NamedTuple):
         columns = [self._solve(self.projected[:, t], value) for t, value in enumerate(alpha)]
         return _rotated(self.packed, self.tau, np.stack(columns, axis=1), transpose=False).T
 
-    def inverse(self, rows: np.ndarray, alpha: float) -> np.ndarray:
+    def inverse(self, rows: np.ndarray, alpha: np.ndarray | float) -> np.ndarray:
         turned = _rotated(self.packed, self.tau, rows.T, transpose=True)
-        return _rotated(self.packed, self.tau, self._solve(turned, alpha), transpose=False).T
+        for value in np.unique(alpha):
+            own = np.broadcast_to(alpha == value, len(rows))
+            turned[:, own] = self._solve(turned[:, own], value)
+        return _rotated(self.packed, self.tau, turned, transpose=False).T
 
 
 class Dual(NamedTuple):
@@ -109,10 +112,11 @@ class Dual(NamedTuple):
     def coefficients(self, alpha: np.ndarray) -> np.ndarray:
         return ((self.projected.T / (self.values[None, :] + alpha[:, None])) @ self.vectors.T) @ self.rows
 
-    def inverse(self, rows: np.ndarray, alpha: float) -> np.ndarray:
+    def inverse(self, rows: np.ndarray, alpha: np.ndarray | float) -> np.ndarray:
         # Woodbury: outside of what the rows span, S is 0 and the inverse is 1 / alpha.
-        inside = ((rows @ self.rows.T) @ self.vectors) / (self.values[None, :] + alpha)
-        return (rows - (inside @ self.vectors.T) @ self.rows) / alpha
+        column = np.atleast_1d(alpha)[:, None]
+        inside = ((rows @ self.rows.T) @ self.vectors) / (self.values[None, :] + column)
+        return (rows - (inside @ self.vectors.T) @ self.rows) / column
 
 
 def eigen(gram: np.ndarray, cross: np.ndarray) -> Eigen:

@@ -91,10 +91,9 @@ def recentre(stats: Statistics, shift: np.ndarray, label_shift: np.ndarray) -> S
     delta = np.concatenate([stats.shift - shift, [0.0], stats.label_shift - label_shift])
     if not delta.any():
         return stats
-    sums = stats.gram[len(stats.shift)]
-    moved = np.outer(delta, sums)
+    half = stats.gram[len(stats.shift)] + 0.5 * stats.weight * delta
+    moved = np.stack([delta, half], axis=1) @ np.stack([half, delta])
     moved += stats.gram
-    moved += np.outer(sums + stats.weight * delta, delta)
     return stats._replace(gram=moved, shift=shift, label_shift=label_shift)
 
 

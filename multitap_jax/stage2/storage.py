@@ -1,5 +1,7 @@
 """A folder of files that are whole or absent: on this machine, or behind any URL that fsspec knows."""
 
+import mmap
+import os
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +21,10 @@ class Folder(Protocol):
 
     def read(self, name: str, count: int | None = None) -> bytes:
         """Its bytes, or the first `count` of them."""
+        ...
+
+    def view(self, name: str) -> memoryview:
+        """All its bytes, read-only; those of this machine's disk are mapped, not copied."""
         ...
 
     def write(self, name: str, content: bytes) -> None:
@@ -44,6 +50,12 @@ class LocalFolder:
     def read(self, name: str, count: int | None = None) -> bytes:
         with (self._path / name).open("rb") as file:
             return file.read(-1 if count is None else count)
+
+    def view(self, name: str) -> memoryview:
+        with (self._path / name).open("rb") as file:
+            if not os.fstat(file.fileno()).st_size:
+                return memoryview(b"")  # an empty file cannot be mapped
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
     def write(self, name: str, content: bytes) -> None:
         write_atomic(self._path / name, content)
@@ -75,6 +87,9 @@ class RemoteFolder:
 
     def read(self, name: str, count: int | None = None) -> bytes:
         return bytes(self._files.cat_file(self._name(name), start=0, end=count))
+
+    def view(self, name: str) -> memoryview:
+        return memoryview(self.read(name))
 
     def write(self, name: str, content: bytes) -> None:
         self._files.pipe_file(self._name(name), content)

@@ -24,7 +24,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from multitap_jax.stage2.storage import Folder, open_folder
@@ -295,7 +294,12 @@ class EmbeddingStore:
         return ids
 
     def batches(
-        self, rows: int = 2048, *, read_ahead: int | None = None, share: tuple[int, int] = (0, 1)
+        self,
+        rows: int = 2048,
+        *,
+        read_ahead: int | None = None,
+        share: tuple[int, int] = (0, 1),
+        as_stored: bool = False,
     ) -> Iterator[tuple[np.ndarray, np.ndarray, list[str]]]:
         """Yields (X float32[n, H], Y float32[n, T] with NaN for missing, n groups), n <= rows, in order.
 
@@ -304,13 +308,15 @@ class EmbeddingStore:
           read_ahead: shards that a thread reads while earlier ones are used; None: 2, or 0 on a machine of one or two
             cores, where the thread only takes time from the sums.
           share: (p, P): only every P-th shard, from p on.
+          as_stored: X in the type it is kept in, float32 or bfloat16, without a copy.
         """
         indices = range(share[0], len(self._manifest["shards"]), share[1])
         ahead = (2 if (os.cpu_count() or 1) > 2 else 0) if read_ahead is None else read_ahead
         for x, y, groups in _ahead(self._shard, indices, ahead):
             for start in range(0, len(x), rows):
                 stop = start + rows
-                yield x[start:stop].astype(np.float32), y[start:stop], groups[start:stop]
+                part = x[start:stop]
+                yield part if as_stored else part.astype(np.float32), y[start:stop], groups[start:stop]
 
     def load(self) -> tuple[np.ndarray, np.ndarray, list[str]]:
         """The whole store in memory: (X float32[N, H], Y float32[N, T], N groups)."""
@@ -333,7 +339,7 @@ class EmbeddingStore:
 
     def _shard(self, index: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
         name, entry = self._name(index), self._manifest["shards"][index]
-        path, data = f"{self.folder}/{name}", self._folder.read(name)
+        path, data = f"{self.folder}/{name}", self._folder.view(name)
         if index in self._unverified:
             found = hashlib.sha256(data).hexdigest()
             if found != entry["sha256"]:
@@ -343,11 +349,11 @@ class EmbeddingStore:
                 )
             self._unverified.remove(index)
         try:
-            tensors = dict(safetensors.deserialize(data))
-            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-            x, y = _array(tensors["embeddings"]), _array(tensors["labels"])
-            ids, groups = json.loads(header["ids"]), json.loads(header["groups"])
-        except (safetensors.SafetensorError, KeyError, ValueError) as error:
+            start = 8 + int.from_bytes(data[:8], "little")
+            header = json.loads(bytes(data[8:start]))
+            x, y = (_array(header[tensor], data[start:]) for tensor in ("embeddings", "labels"))
+            ids, groups = (json.loads(header["__metadata__"][names]) for names in ("ids", "groups"))
+        except (KeyError, ValueError, TypeError) as error:
             raise StoreError(f"{path}: not a readable shard ({error}); write the store anew") from error
         shapes = (entry["rows"], self.hidden_size), (entry["rows"], len(self.objectives))
         if (x.shape, y.shape) != shapes or len(ids) != entry["rows"] or len(groups) != entry["rows"]:
@@ -380,6 +386,7 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)  # a long append is cut into shards without copies
 
 
-def _array(tensor: dict[str, Any]) -> np.ndarray:
-    # safetensors.numpy cannot read bfloat16, so the bytes are viewed here.
-    return np.frombuffer(tensor["data"], _STORED[tensor["dtype"]]).reshape(tensor["shape"])
+def _array(entry: dict[str, Any], data: memoryview) -> np.ndarray:
+    """The tensor that an entry of a safetensors header describes: a view of the bytes after the header."""
+    first, last = entry["data_offsets"]
+    return np.frombuffer(data[first:last], _STORED[entry["dtype"]]).reshape(entry["shape"])

@@ -181,20 +181,21 @@ def _from_rows(
 ) -> System:
     rows = rows if seen.all() else rows.take(np.flatnonzero(seen))
     rows = rows._replace(y=rows.y[:, targets[own]])
-    x, weight = rows.x.astype(np.float64), rows.weight
+    x, weight = rows.x.astype(np.float64), rows.weight  # a copy, changed in place below
     total, size = weight.sum(), x.shape[1]
     centre = weight @ x / total
     scale = np.ones(size)
     if standardize:
         spread = weight @ (x - centre[None, :]) ** 2 / total
         scale = np.where(spread > 0, np.sqrt(spread), 1.0)
+        x /= scale[None, :]
     mean = centre / scale if fit_intercept else np.zeros(size)
     label_mean = weight @ rows.y / total if fit_intercept else np.zeros(len(own))
     root = np.sqrt(weight)[:, None]
-    inputs, labels = (x / scale[None, :] - mean[None, :]) * root, (rows.y - label_mean[None, :]) * root
-    if len(x) < size:
-        factor: spectrum.Factor = spectrum.dual(inputs, labels)
-    else:
-        factor = spectrum.eigen(inputs.T @ inputs, inputs.T @ labels)
-    trace = float(np.sum((x - centre[None, :]) ** 2 * weight[:, None] / scale[None, :] ** 2))
+    x -= mean[None, :]
+    x *= root
+    labels = (rows.y - label_mean[None, :]) * root
+    factor: spectrum.Factor = spectrum.dual(x, labels) if len(x) < size else spectrum.eigen(x.T @ x, x.T @ labels)
+    about_origin = 0.0 if fit_intercept else total * np.sum((centre / scale) ** 2)
+    trace = max(float(factor.values.sum() - about_origin), 0.0)
     return System(own, factor, mean, label_mean, scale, np.sum(labels**2, 0), float(total), len(x), trace, rows=rows)

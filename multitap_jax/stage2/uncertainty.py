@@ -78,7 +78,11 @@ class Posterior(NamedTuple):
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> "Posterior":
         """What `to_arrays` gave."""
         kind = next(name for key in arrays for name in _FACTORS if key.startswith(f"{name}."))
-        factor = _FACTORS[kind](*(arrays[f"{kind}.{field}"] for field in _FACTORS[kind]._fields))
+        parts = {field: arrays[f"{kind}.{field}"] for field in _FACTORS[kind]._fields}
+        # In the layout that LAPACK gave them, so that products round as they did.
+        factor = _FACTORS[kind](
+            **{n: np.asfortranarray(v) if n in ("vectors", "packed") else v for n, v in parts.items()}
+        )
         rest: dict[str, Any] = {name: arrays[name] for name in cls._fields if name != "factor"}
         rest["weight"] = float(rest["weight"])
         return cls(factor=factor, **rest)

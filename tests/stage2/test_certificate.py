@@ -35,3 +35,23 @@ def test_it_finds_a_device_that_multiplies_in_fewer_bits(bits, error):
     found = Precision().probe(stats, x, y, np.ones(1000, np.float32))
     assert FLOOR <= found.error < error
     assert (found.error > 1e-6) == (bits == 10)
+
+
+def test_a_step_that_is_vouched_for_equals_conjugate_gradients(monkeypatch):
+    """It saves the pass that would measure its length, and is as exact."""
+    x, y = embeddings(6000, 120)
+    found = []
+    plain = fitting.refine
+    monkeypatch.setattr(fitting, "refine", lambda *a: found.append(plain(*a)) or found[-1])
+    for alpha in (1e3, 1e-4):  # the second is below the error of the Gram, and so never vouched for
+        RidgeHead([alpha], cv="gcv", refine=True).fit(x, y)
+        with monkeypatch.context() as nothing:
+            nothing.setattr(fitting, "correction_error", lambda *a: np.full(3, np.inf))
+            RidgeHead([alpha], cv="gcv", refine=True).fit(x, y)
+    passes = [refined.passes for refined in found]
+    assert passes[:2] == [1, 2]
+    assert passes[2] == passes[3]
+    deviation = y.std(0)
+    for step, measured in (found[:2], found[2:]):
+        moved = (x - x.mean(0)).astype(np.float64) @ (step.coef - measured.coef).T
+        assert np.abs(moved).max() < 1e-7 * deviation.min()

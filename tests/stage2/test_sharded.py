@@ -45,7 +45,7 @@ def test_slabs_on_a_mesh_hold_the_sums_of_one_device(shape):
     assert np.max(np.abs(found[0].gram - found[1].gram) / np.outer(scale, scale)) < 1e-6
     assert found[0].num_rows == found[1].num_rows == (weight > 0).sum()
     if shape == (4, 2):
-        assert moments.hi.sharding.shard_shape(moments.hi.shape)[:2] == (1, 2)  # 4 slabs, 2 a device
+        assert moments.hi.sharding.shard_shape(moments.hi.shape)[:2] == (1, 4)  # 8 slabs, 4 a device
 
 
 @pytest.mark.parametrize("axes", [("data",), ("data", "fsdp", "tensor", "context")])
@@ -61,7 +61,7 @@ def test_a_mesh_gives_the_same_head(store, axes, cv):
     np.testing.assert_allclose(many.cv_results_["mse"], one.cv_results_["mse"], rtol=1e-5)
 
 
-def run(store, out, processes, devices, cv):
+def run(store, out, processes, devices, criteria):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -69,22 +69,36 @@ def run(store, out, processes, devices, cv):
     script = [sys.executable, str(Path(__file__).with_name("process_script.py")), str(store), str(out), str(port)]
     started = [
         subprocess.Popen(
-            [*script, str(i), str(processes), str(devices), cv], env=environment, stderr=subprocess.PIPE, text=True
+            [*script, str(i), str(processes), str(devices), *criteria],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for i in range(processes)
     ]
     for process in started:
         _, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors[-3000:]
-    return [np.load(f"{out}.{i}.npz") for i in range(processes)]
+    return {cv: [np.load(f"{out}.{cv}.{i}.npz") for i in range(processes)] for cv in criteria}
+
+
+@pytest.fixture(scope="module")
+def two_processes(store, tmp_path_factory):
+    """What two processes of two devices each found, fit after fit in one pair of them."""
+    return run(store, tmp_path_factory.mktemp("two") / "out", 2, 2, ("3", "loo", "logo"))
+
+
+def test_two_processes_say_that_they_cannot_hold_groups_out(two_processes):
+    for found in two_processes["logo"]:
+        assert "cv='logo' needs all rows of a group in one process; use folds, or one process" in str(found["error"])
 
 
 @pytest.mark.parametrize("cv", ["3", "loo"])
-def test_two_processes_give_the_same_head(store, tmp_path, cv):
+def test_two_processes_give_the_same_head(store, two_processes, cv):
     one = RidgeHead(np.logspace(2, 5, 4), cv=int(cv) if cv.isdigit() else cv, refine=True).fit_store(
         EmbeddingStore(store)
     )
-    first, second = run(store, tmp_path / "out", 2, 2, cv)
+    first, second = two_processes[cv]
     for name in first:
         np.testing.assert_array_equal(first[name], second[name])
     np.testing.assert_array_equal(first["alpha"], one.alpha_)

@@ -1,14 +1,18 @@
 """The embedding store: what is written is what is read, and nothing damaged passes."""
 
 import contextlib
+import hashlib
 import json
 import os
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors import safe_open
+from safetensors.numpy import load_file, save
 
-from multitap_jax.stage2 import EmbeddingStore, EmbeddingWriter, RidgeHead, StoreError, store
+from multitap_jax.stage2 import DataError, EmbeddingStore, EmbeddingWriter, RidgeHead, StoreError, persist
+from multitap_jax.stage2 import store as store_module
 from tests.stage2.data import embeddings, with_missing
 
 ROWS, HIDDEN = 115, 6
@@ -55,7 +59,9 @@ def test_round_trip_in_integer_order(tmp_path):
 
 
 def test_order_does_not_come_from_names(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "shard_name", lambda index: f"embeddings-{index}.safetensors")  # sorts 0, 1, 10, 11, 2
+    monkeypatch.setattr(
+        store_module, "shard_name", lambda index: f"embeddings-{index}.safetensors"
+    )  # sorts 0, 1, 10, 11, 2
     with EmbeddingWriter(tmp_path, **SETTINGS) as writer:
         write(writer)
     check(tmp_path)
@@ -75,6 +81,38 @@ def test_bfloat16_halves_the_size(tmp_path):
     x = EmbeddingStore(tmp_path).load()[0]
     assert x.dtype == np.float32
     np.testing.assert_allclose(x, rows()[1], rtol=2**-8)
+
+
+@pytest.mark.parametrize("count", [60, 1400])
+@pytest.mark.parametrize("cv", [3, "loo", "gcv"])
+def test_bfloat16_is_summed_as_it_is_stored(tmp_path, count, cv):
+    """Without a copy in float32 on the host, to the same heads bit for bit."""
+    x, y = embeddings(count, 24)
+    groups = [str(i // 2) for i in range(count)]
+    settings = {"hidden_size": 24, "objectives": ("a", "b", "c"), "model_hash": "m", "dtype": "bfloat16"}
+    with EmbeddingWriter(tmp_path, **settings) as writer:
+        writer.append([str(i) for i in range(count)], x, y, groups)
+    store = EmbeddingStore(tmp_path)
+    assert next(store.batches(as_stored=True))[0].dtype == jnp.bfloat16
+    stored, direct = RidgeHead(cv=cv).fit_store(store), RidgeHead(cv=cv).fit(store.load()[0], y, groups=groups)
+    np.testing.assert_array_equal(stored.coef_, direct.coef_)
+    np.testing.assert_array_equal(stored.cv_results_["mse"], direct.cv_results_["mse"])
+    collected = RidgeHead(cv=3).collect(store)
+    again = persist.from_bytes(persist.to_bytes(collected))
+    np.testing.assert_array_equal(
+        RidgeHead(cv=3).fit_moments(again).coef_, RidgeHead(cv=3).fit_moments(collected).coef_
+    )
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16, np.float32, np.float64])
+def test_a_row_that_is_not_finite_is_named_in_every_type(value, dtype):
+    x, y = embeddings(300, 24)
+    for sign in (1, -1):
+        RidgeHead(cv=3).collect([(sign * x.astype(dtype), y)])
+    x[170, 5] = value
+    with pytest.raises(DataError, match=r"X\[170, 5\] is NaN, infinite"):
+        RidgeHead(cv=3).fit(x.astype(dtype), y)
 
 
 def test_unknown_total_and_no_group(tmp_path):
@@ -179,6 +217,25 @@ def test_damage_is_found(tmp_path):
         EmbeddingStore(tmp_path).load()
     with pytest.raises(StoreError, match="missing"):
         _ = EmbeddingStore(tmp_path).ids
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("embeddings", (10, HIDDEN - 1)), ("embeddings", (9, HIDDEN)), ("labels", (10, 3))]
+)
+def test_a_shard_of_another_width_is_named(tmp_path, name, shape):
+    """Even if the manifest vouches for its bytes."""
+    with EmbeddingWriter(tmp_path, **SETTINGS) as writer:
+        write(writer)
+    path = tmp_path / "embeddings-00004.safetensors"
+    with safe_open(path, "numpy") as shard:
+        about, tensors = shard.metadata(), {key: shard.get_tensor(key) for key in ("embeddings", "labels")}
+    content = save(tensors | {name: np.zeros(shape, np.float32)}, about)
+    path.write_bytes(content)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["shards"][4]["sha256"] = hashlib.sha256(content).hexdigest()
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(StoreError, match=r"00004.*manifest\.json says \(10, 6\), \(10, 2\)"):
+        RidgeHead().fit_store(EmbeddingStore(tmp_path))
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"format": "x", "version": 1}'])
