@@ -5,8 +5,8 @@ Axes, outermost first: `data` (copies of the parameters), `fsdp` (shards of the 
 state and batch are placed as this file says, and the compiler (GSPMD) derives the rest.
 
 Devices come in *islands* (slices of a TPU pod, elsewhere the devices of a process) with a fast network inside and a
-slow one between them. Only `data` spans islands, where its size allows it: what crosses the slow network is then the sum
-of gradients, once a step, and never parameters or activations.
+slow one between them. Only `data` spans islands, where its size allows it: what crosses the slow network is then the
+sum of gradients, once a step, and never parameters or activations.
 """
 
 import math
@@ -101,8 +101,8 @@ def arrange(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
         )
     if islands > 1 and kind == "slice_index":
         raise ConfigError(
-            f"config.mesh.data = {data} must be a multiple of the number of slices, {islands}: only gradients may cross "
-            f"the network between slices; set data to {islands} and divide fsdp or tensor by as much"
+            f"config.mesh.data = {data} must be a multiple of the number of slices, {islands}: only gradients may "
+            f"cross the network between slices; set data to {islands} and divide fsdp or tensor by as much"
         )
     return mesh_utils.create_device_mesh(tuple(shape), devices, allow_split_physical_axes=True)
 
@@ -115,17 +115,17 @@ def _islands(devices: Sequence[jax.Device]) -> tuple[str, int]:
     return "process_index", len({device.process_index for device in devices})
 
 
-def batch_shards(mesh: Mesh) -> int:
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts the rows of a batch are split."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Placement of every array of a batch: its leading dimension over `BATCH_AXES`."""
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Placement of what every device holds whole."""
     return NamedSharding(mesh, P())
 
@@ -153,7 +153,7 @@ def shard_batch(batch: PackedBatch, mesh: Mesh) -> PackedBatch:
     return PackedBatch(*map(put, batch))
 
 
-def param_spec(name: str, axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> P:
+def param_spec(name: str, axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
     """The partition of one parameter.
 
     Mesh axes of size 1 are always usable; a larger one must divide its dimension.
@@ -180,7 +180,7 @@ def param_spec(name: str, axes: Sequence[str | None], shape: Sequence[int], mesh
     return P(*spec)
 
 
-def param_shardings(tree: Any, mesh: Mesh) -> Any:
+def param_shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Placement of a module or state: the same pytree with a `NamedSharding` in place of each array.
 
     Every parameter names its logical axes in its metadata (`nnx.Param(value, axes=...)`).
@@ -211,7 +211,7 @@ def path_name(path: Sequence[Any]) -> str:
     return ".".join(part for part in parts if part != "value")
 
 
-def _cut_heads(tree: Any, mesh: Mesh) -> Iterator[str]:
+def _cut_heads(tree: Any, mesh: Mesh | AbstractMesh) -> Iterator[str]:
     """A flattened head dimension may divide where the heads do not; each layer would then move its heads about."""
     config, tensor = getattr(getattr(tree, "backbone", tree), "config", None), mesh.shape["tensor"]
     for part, name in (("text", "num_heads"), ("text", "num_kv_heads"), ("vision", "num_heads")):

@@ -126,9 +126,7 @@ def _window(text: str) -> dict[str, list[str]]:
     return {name: value.split("x") for name, _, value in (part.partition("=") for part in text.split())}
 
 
-def _collective(
-    kind: str, instruction: Instruction, computation: Computation, runs: float, devices: int
-) -> Collective:
+def _collective(kind: str, instruction: Instruction, computation: Computation, runs: float, devices: int) -> Collective:
     arrays = instruction.arrays
     if instruction.opcode.endswith("-start") and kind != "all-reduce":  # (what goes in, what comes out, ...)
         inputs = sum(len(computation.instructions[name].arrays) for name in instruction.operands)
@@ -141,8 +139,8 @@ def _collective(
 def first_group(instruction: Instruction, devices: int) -> tuple[int, ...]:
     """Numbers of the devices that communicate with device 0, in any of the three ways that HLO writes groups.
 
-    `{{0,1},{2,3}}` lists them; `[4,2]<=[2,4]T(1,0)` reshapes and transposes 0, 1, 2, ...; `mesh['a'=2,'b'=4] {'b'}` names
-    axes. A permutation lists pairs of source and target instead. No groups means all devices.
+    `{{0,1},{2,3}}` lists them; `[4,2]<=[2,4]T(1,0)` reshapes and transposes 0, 1, 2, ...; `mesh['a'=2,'b'=4] {'b'}`
+    names axes. A permutation lists pairs of source and target instead. No groups means all devices.
     """
     text = instruction.attributes
     if found := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", text):

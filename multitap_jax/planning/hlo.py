@@ -1,7 +1,7 @@
 """Reading the text of a compiled program (HLO): its computations, and how often each of them runs.
 
-The compiler's own cost analysis counts the body of a loop once; a model that is a scan over layers would come out as one
-layer. Here every computation knows its number of runs.
+The compiler's own cost analysis counts the body of a loop once; a model that is a scan over layers would come out as
+one layer. Here every computation knows its number of runs.
 """
 
 import functools
@@ -118,16 +118,37 @@ class Module:
 
     def rounds(self, loop: Instruction) -> int:
         """Rounds of a `while`: what the compiler noted, else the bound that its condition compares a counter with."""
-        if found := re.search(r'known_trip_count\W+n\W+(\d+)', loop.attributes):
+        if found := re.search(r"known_trip_count\W+n\W+(\d+)", loop.attributes):
             return int(found[1])
-        names = [(loop.attribute("condition") or "").lstrip("%")]
-        bounds: list[int] = []
-        for name in names:  # the comparison may stand in a fusion
-            for instruction in self.computations[name].instructions.values():
-                names += instruction.calls
-                if instruction.opcode == "constant" and re.fullmatch(r"\d+", instruction.literal):
-                    bounds.append(int(instruction.literal))
-        return max(bounds) if len(bounds) == 1 else 1
+        condition = self.computations[(loop.attribute("condition") or "").lstrip("%")]
+        values = self._values(condition)
+        bounds = [int(i.literal) for i in values.values() if i.opcode == "constant" and i.literal.isdigit()]
+        if len(bounds) != 1:
+            return 1
+        counter = next((i for i in condition.instructions.values() if i.opcode == "get-tuple-element"), None)
+        body = self.computations[(loop.attribute("body") or "").lstrip("%")]
+        step = self._step(body, int(counter.attribute("index") or 0) if counter else 0)
+        return -(-bounds[0] // step)
+
+    def _step(self, body: Computation, index: int) -> int:
+        """What a round adds to the counter: a loop may have been unrolled, and then adds several times."""
+        name, added = body.root.operands[index], 0
+        while (at := body.instructions[name]).opcode == "add":
+            parts = [body.instructions[operand] for operand in at.operands]
+            constants = [int(part.literal) for part in parts if part.opcode == "constant"]
+            if len(constants) != 1:
+                break
+            added += constants[0]
+            name = next(part.name for part in parts if part.opcode != "constant")
+        return max(added, 1)
+
+    def _values(self, computation: Computation) -> dict[str, Instruction]:
+        """Its instructions and those of the fusions in it."""
+        found = dict(computation.instructions)
+        for instruction in computation.instructions.values():
+            for name in instruction.calls:
+                found |= {f"{name}/{key}": value for key, value in self.computations[name].instructions.items()}
+        return found
 
     def _in_order(self) -> list[str]:
         """Callers before what they call."""

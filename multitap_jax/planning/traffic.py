@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from multitap_jax.planning.hlo import Array, Computation, Instruction, Module
 
 # They move nothing themselves: names for parts of memory, control flow, ends of what was counted at its start.
-_FREE = frozenset(
-    "parameter constant get-tuple-element tuple bitcast after-all partition-id replica-id while conditional call "
-    "async-start async-update async-done copy-done slice-done dynamic-slice-done all-gather-done all-reduce-done "
-    "collective-permute-done opt-barrier add-dependency".split()
-)
+_FREE = {
+    *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id"),
+    *("while", "conditional", "call", "opt-barrier", "add-dependency", "async-start", "async-update", "async-done"),
+    *("copy-done", "slice-done", "dynamic-slice-done", "all-gather-done", "all-reduce-done", "collective-permute-done"),
+}
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 
@@ -41,7 +41,7 @@ def memory_bytes(instruction: Instruction, computation: Computation, module: Mod
 def _fusion(fusion: Instruction, operands: Sequence[Sequence[Array]], inner: Computation) -> float:
     """Outputs that lie where an operand lies were made before, unless the fusion updates a part of them."""
     pairs = re.findall(r"\{(\d*)\}: \((\d+),", fusion.attributes.partition("output_to_operand_aliasing=")[2])
-    outputs, inputs = ({int(number or 0) for number in numbers} for numbers in (zip(*pairs) if pairs else ((), ())))
+    outputs, inputs = {int(output or 0) for output, _ in pairs}, {int(operand) for _, operand in pairs}
     root = inner.root
     results = [inner.instructions[name] for name in root.operands] if root.opcode == "tuple" else [root]
     total = 0.0
