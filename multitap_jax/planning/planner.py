@@ -11,7 +11,7 @@ from multitap_jax.config import ConfigError, MeshConfig, TrainConfig
 from multitap_jax.families import Family, num_params
 from multitap_jax.flops import forward_flops, train_flops
 from multitap_jax.parallel.listing import listing, placements
-from multitap_jax.parallel.mesh import abstract_mesh, make_mesh
+from multitap_jax.parallel.mesh import AXES, abstract_mesh, make_mesh
 from multitap_jax.planning.chips import Topology
 from multitap_jax.planning.compiled import Compiled, compile_step
 from multitap_jax.planning.programs import abstract_model, held, lower_scoring, lower_training
@@ -19,6 +19,7 @@ from multitap_jax.planning.published import read_model
 from multitap_jax.planning.roofline import Roofline, roofline
 from multitap_jax.planning.workload import Assumptions, Workload, scoring_workload, training_workload
 
+_STRONGER = {"none": ("dots", "full"), "dots": ("full",), "full": ()}  # policies that keep less
 RESERVED = 256 * 2**20  # of a TPU's memory, by its runtime
 TOKENS_PER_SHARD = 16384  # of a scoring batch, as `multitap score --batch-tokens` has by default
 
@@ -223,20 +224,22 @@ def candidates(config: TrainConfig, mesh: dict[str, int], workload: Workload) ->
       workload: of its training step.
     """
     replace = dataclasses.replace
-    if mesh["data"] > 1:
-        config = replace(config, mesh=MeshConfig(1, mesh["data"] * mesh["fsdp"], mesh["tensor"], mesh["context"]))
+    data, fsdp, tensor, context = (mesh[axis] for axis in AXES)
+    if data > 1:
+        data, fsdp = 1, data * fsdp
+        config = replace(config, mesh=MeshConfig(data, fsdp, tensor, context))
         yield "share parameters and optimizer state over all data shards", config
-        mesh = {**mesh, "fsdp": mesh["data"] * mesh["fsdp"], "data": 1}
     for remat, why in (("dots", "keep only the products of a layer"), ("full", "keep only the input of each layer")):
-        if config.model.remat == "none" or (config.model.remat, remat) == ("dots", "full"):
-            config = replace(config, model=replace(config.model, remat=remat))
-            yield f"{why} for the backward pass, recompute the rest", config
-    rows = workload.batch.tokens.shape[0] // (mesh["fsdp"] * config.accumulation)
+        if remat not in _STRONGER[config.model.remat]:
+            continue
+        config = replace(config, model=replace(config.model, remat=remat))
+        yield f"{why} for the backward pass, recompute the rest", config
+    rows = workload.batch.tokens.shape[0] // (fsdp * config.accumulation)
     if rows > 1:
         config = replace(config, accumulation=config.accumulation * rows)
         yield f"cut the step into micro-batches of one row a device, not {rows}", config
-    if mesh["fsdp"] % 2 == 0:
-        config = replace(config, mesh=MeshConfig(mesh["data"], mesh["fsdp"] // 2, 2 * mesh["tensor"], mesh["context"]))
+    if fsdp % 2 == 0:
+        config = replace(config, mesh=MeshConfig(data, fsdp // 2, 2 * tensor, context))
         yield "split heads and inner widths, and the activations with them", config
     if config.trainable.parts == "full":
         yield "train adapters only", replace(config, trainable=replace(config.trainable, parts="lora"))

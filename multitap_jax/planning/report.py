@@ -19,10 +19,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     """Prints the plan, at most 80 columns wide."""
     say = lambda text: console.print(Text(text), soft_wrap=False)
     sizes = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
-    say(
-        f"{plan.model}: {plan.params / 1e9:.2f} B parameters, {_learns(plan)} training on {plan.topology} "
-        f"({plan.topology.size} chips, {sizes})"
-    )
+    say(f"{plan.model}: {_count(plan.params)} parameters")
+    say(f"{_learns(plan)} training on {plan.topology} ({plan.topology.size} chips, {sizes})")
     say(f"{_gib(plan.held)} on each chip between two steps: weights, optimizer state")
     for step in plan.steps:
         _print_step(step, plan, console)
@@ -205,6 +203,10 @@ def _step_json(step: Step, plan: Plan) -> dict[str, Any]:
 
 def _learns(plan: Plan) -> str:
     return {"full": "full", "lora": "LoRA", "head": "head-only", "text": "decoder-only"}[plan.config.trainable.parts]
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f} billion" if number >= 1e8 else f"{number:,}"
 
 
 def _gib(size: float) -> str:

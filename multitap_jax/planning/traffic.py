@@ -43,7 +43,8 @@ def _fusion(fusion: Instruction, operands: Sequence[Sequence[Array]], inner: Com
     pairs = re.findall(r"\{(\d*)\}: \((\d+),", fusion.attributes.partition("output_to_operand_aliasing=")[2])
     outputs, inputs = {int(output or 0) for output, _ in pairs}, {int(operand) for _, operand in pairs}
     root = inner.root
-    results = [inner.instructions[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    parts = [inner.instructions[name] for name in root.operands]
+    results = parts if root.opcode == "tuple" else [root] * len(fusion.arrays)
     total = 0.0
     for number, (result, array) in enumerate(zip(results, fusion.arrays, strict=False)):
         if array.space:

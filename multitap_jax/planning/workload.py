@@ -4,6 +4,8 @@ A step's pairs are cut, grouped and placed by the code that does it in a run (`d
 only tokens and pixels are zeros.
 """
 
+import copy
+import dataclasses
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +89,13 @@ class _Blank:
         return [Encoded(self.prefix, self.text) for _ in texts]
 
 
+def _pixelless(vision: Vision) -> Vision:
+    """The same layout with patches of one value: a batch for hundreds of chips would be gigabytes of blank pixels."""
+    layout = copy.copy(vision.layout)
+    layout.__class__ = type("Pixelless", (type(layout),), {"features": 1})
+    return dataclasses.replace(vision, layout=layout)
+
+
 def vision_of(family: Family, numbers: Any, config: TrainConfig) -> Vision:
     """Vision facts as a run has them that starts from the family's own checkpoint."""
     policy = family.image_policy if config.data.image_policy == "auto" else config.data.image_policy
@@ -101,6 +110,7 @@ def training_workload(
 ) -> Workload:
     """The batch of a training step, of `config.batch_size` pairs."""
     vision = vision_of(family, numbers, config)
+    features, vision = vision.layout.features, _pixelless(vision)
     blank = _Blank(vision, assumed)
     each = 1 if config.data.shuffle == "pairs" else assumed.texts_per_image
     names = [_names(pair // each, assumed) for pair in range(config.batch_size)]
@@ -122,7 +132,7 @@ def training_workload(
         row_length=config.data.row_length,
         cells=batch_shards(mesh) * config.accumulation,
     )
-    return _workload(dataset[0], numbers, mesh, config.batch_size)
+    return _workload(dataset[0], features, numbers, mesh, config.batch_size)
 
 
 def scoring_workload(
@@ -135,6 +145,7 @@ def scoring_workload(
 ) -> Workload:
     """The batch of an embedding or scoring step, of about `batch_tokens` tokens."""
     vision = vision_of(family, numbers, config)
+    features, vision = vision.layout.features, _pixelless(vision)
     blank = _Blank(vision, assumed)
     packer = StreamPacker(
         blank,  # type: ignore[arg-type]
@@ -152,17 +163,19 @@ def scoring_workload(
     window = packer.window([Pair(_names(pair // assumed.texts_per_image, assumed), "") for pair in range(pairs)])
     if window.errors[0] is not None:
         raise ConfigError(f"an assumed pair cannot be scored: {window.errors[0]}")
-    return _workload(next(window.batches), numbers, mesh, pairs)
+    return _workload(next(window.batches), features, numbers, mesh, pairs)
 
 
 def _names(group: int, assumed: Assumptions) -> tuple[Hashable, ...]:
     return tuple(f"{group}/{picture}" for picture in range(assumed.pictures))
 
 
-def _workload(batch: PackedBatch, numbers: Any, mesh: Mesh | AbstractMesh, pairs: int) -> Workload:
+def _workload(batch: PackedBatch, features: int, numbers: Any, mesh: Mesh | AbstractMesh, pairs: int) -> Workload:
     work = count_work(batch, window=getattr(numbers, "window", None), block=numbers.block)
     placed = batch_sharding(mesh)
     shapes: Any = PackedBatch(*(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed) for x in batch))  # type: ignore[arg-type]
+    pixels = (*batch.patches.shape[:2], features)
+    shapes = shapes._replace(patches=jax.ShapeDtypeStruct(pixels, np.uint8, sharding=placed))
     (rows, tokens), (vision_rows, patches) = batch.tokens.shape, batch.patches.shape[:2]
     return Workload(
         shapes, work, pairs, f"{rows} rows of {tokens} tokens, {vision_rows} vision rows of {patches} patches"
