@@ -2,9 +2,9 @@
 
   python benchmarks/plan_table.py [--effort=full] [--folder=/tmp/plans] [--only=qwen2-vl-7b] [--keep]
 
-Runs `multitap plan` once a row, each in a process of its own, and writes the rows between the marks in docs/planning.md.
-Needs libtpu (pip install 'multitap_jax[tpu-plan]') and no TPU. Plans that `--folder` holds from an earlier run of the same
-commit are used again with --keep. Time and peak memory are those of the planning process on this machine.
+Runs `multitap plan` once a row, each in a process of its own, and writes the rows between the marks in
+docs/planning.md. Needs libtpu (pip install 'multitap_jax[tpu-plan]') and no TPU. Plans that --folder holds from an
+earlier run of the same commit are used again with --keep. Time and memory are those of the planning process.
 """
 
 import argparse
@@ -20,6 +20,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "planning.md"
 MARKS = ("<!-- written by benchmarks/plan_table.py -->\n", "<!-- end -->\n")
 GIB = 2**30
+HEAD = (
+    *("config", "model", "chips", "pairs a step", "training, GiB", "at best, MFU", "scoring, GiB", "at best, MFU"),
+    *("fits", "planned in"),
+)
 
 
 class Row(NamedTuple):
@@ -111,8 +115,7 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    head = "| config | model | chips | pairs a step | training, GiB | at best, MFU | scoring, GiB | at best, MFU | fits | planned in |"
-    lines = [head, "|---" * 10 + "|"]
+    lines = [f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"]
     for row in ROWS:
         if options.only in f"{row.config} {row.model} {row.topology}":
             lines.append(line(row, run(row, options.folder, options.effort, options.keep)))
