@@ -128,6 +128,8 @@ def _window(text: str) -> dict[str, list[str]]:
 
 def _collective(kind: str, instruction: Instruction, computation: Computation, runs: float, devices: int) -> Collective:
     arrays = instruction.arrays
+    if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):  # as the TPU's compiler writes it
+        kind, arrays = "reduce-scatter", computation.root.arrays
     if instruction.opcode.endswith("-start") and kind != "all-reduce":  # (what goes in, what comes out, ...)
         inputs = sum(len(computation.instructions[name].arrays) for name in instruction.operands)
         arrays = arrays[inputs : 2 * inputs] or arrays
