@@ -11,6 +11,7 @@ import jax
 
 from multitap_jax.config import ConfigError
 from multitap_jax.flops import PEAK_FLOPS
+from multitap_jax.planning.overheard import overheard
 
 GIB = 2**30
 
@@ -137,7 +138,8 @@ def _described(topology: Topology) -> list[jax.Device]:
             "(no TPU is needed; --topology=cpu:8 needs neither)"
         ) from None
     try:
-        return list(topologies.get_topology_desc(topology.name, "tpu", **options).devices)
+        with overheard([]):  # that there is no TPU
+            return list(topologies.get_topology_desc(topology.name, "tpu", **options).devices)
     except jax.errors.JaxRuntimeError as error:
         said = str(error).partition(": ")[2].strip().splitlines()[0]
         raise ConfigError(

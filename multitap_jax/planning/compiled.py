@@ -1,12 +1,7 @@
 """Compiling a step ahead of time, and what the compiler says about it."""
 
-import contextlib
-import os
 import re
-import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +9,7 @@ import jax
 
 from multitap_jax.planning.cost import Cost, cost
 from multitap_jax.planning.hlo import parse
+from multitap_jax.planning.overheard import overheard
 
 _QUICK: dict[str, Any] = {"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0}
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -69,7 +65,7 @@ def compile_step(lowered: jax.stages.Lowered, devices: int, platform: str, *, qu
     start = time.monotonic()
     said: list[str] = []
     try:
-        with _overheard(said):
+        with overheard(said):
             compiled = lowered.compile(_QUICK if quick and platform == "tpu" else None)
     except jax.errors.JaxRuntimeError as error:
         if (needed := _needed(str(error))) is None:
@@ -100,25 +96,6 @@ def _needed(message: str) -> int | None:
 
 
 def _warnings(said: list[str]) -> tuple[str, ...]:
-    text = "".join(said)
-    found = re.findall(r"Involuntary full rematerialization.*?for HLO operation: ([^\n]*)", text, re.DOTALL)
-    return tuple(dict.fromkeys(line.strip() for line in found))
-
-
-@contextlib.contextmanager
-def _overheard(said: list[str]) -> Iterator[None]:
-    """Keeps what the compiler writes to standard error, past Python; it is not shown."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    try:
-        with tempfile.TemporaryFile() as file:
-            os.dup2(file.fileno(), 2)
-            try:
-                yield
-            finally:
-                sys.stderr.flush()
-                os.dup2(kept, 2)
-                file.seek(0)
-                said.append(file.read().decode(errors="replace"))
-    finally:
-        os.close(kept)
+    """The operations that the partitioner could only move to another layout by gathering them whole."""
+    found = re.findall(r"Involuntary full rematerialization[^\n]*?(?:for HLO operation:? ([^\n]*))?\n", "".join(said))
+    return tuple(dict.fromkeys(operation or "an operation that it does not name" for operation in found))

@@ -139,26 +139,41 @@ def _collective(kind: str, instruction: Instruction, computation: Computation, r
 
 
 def first_group(instruction: Instruction, devices: int) -> tuple[int, ...]:
-    """Numbers of the devices that communicate with device 0, in any of the three ways that HLO writes groups.
+    """Numbers of the devices that communicate with device 0, in any of the ways that HLO writes groups.
 
     `{{0,1},{2,3}}` lists them; `[4,2]<=[2,4]T(1,0)` reshapes and transposes 0, 1, 2, ...; `mesh['a'=2,'b'=4] {'b'}`
-    names axes. A permutation lists pairs of source and target instead. No groups means all devices.
+    names axes of a mesh, whose devices may be transposed, too (`, device_ids=([2,4]T(1,0))`). A permutation lists pairs
+    of source and target instead. No groups means all devices.
+
+    Raises:
+      ValueError: groups are written in another way.
     """
     text = instruction.attributes
     if found := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", text):
         return tuple(dict.fromkeys((int(found[1]), int(found[2]))))
     if found := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
         return tuple(_numbers(found[1]))
-    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        ids = np.arange(devices).reshape(_numbers(found[2]))
-        order = _numbers(found[3]) if found[3] else range(ids.ndim)
-        return tuple(ids.transpose(order).reshape(_numbers(found[1]))[0].tolist())
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^)]*\))? \{([^}]*)\}", text):
+    if found := re.search(rf"replica_groups=\[([\d,]+)\]<={_IOTA}", text):
+        return tuple(_iota(found[2], found[3]).reshape(_numbers(found[1]))[0].tolist())
+    if found := re.search(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({_IOTA}\))? \{{([^}}]*)\}}", text):
         axes = re.findall(r"'(\w+)'=(\d+)", found[1])
-        named = set(re.findall(r"'(\w+)'", found[2]))
-        ids = np.arange(devices).reshape([int(size) for _, size in axes])
+        named = set(re.findall(r"'(\w+)'", found[4]))
+        ids = _iota(found[2], found[3]) if found[2] else np.arange(devices)
+        ids = ids.reshape([int(size) for _, size in axes])
         return tuple(ids[tuple(slice(None) if name in named else 0 for name, _ in axes)].ravel().tolist())
+    if (groups := instruction.attribute("replica_groups") or "").strip("{} "):
+        raise ValueError(f"{instruction.name}: replica_groups={groups} is written in a way that is not known here")
     return tuple(range(devices))
+
+
+_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+
+
+def _iota(shape: str, order: str | None) -> np.ndarray:
+    """0, 1, 2, ... in a shape, transposed."""
+    sizes = _numbers(shape)
+    ids = np.arange(np.prod(sizes)).reshape(sizes)
+    return ids.transpose(_numbers(order)) if order else ids
 
 
 def _numbers(text: str | None) -> list[int]:

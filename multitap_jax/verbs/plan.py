@@ -19,6 +19,7 @@ The shapes are those that packing chooses for pairs of the sizes that --texts-pe
 Exit code: 0 every step fits; 1 one does not, or an error that is explained; 2 wrong usage.
 """
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,6 +74,7 @@ def more_help() -> str:
 
 
 def run(values: flags.FlagValues) -> int:
+    import jax
     from rich.console import Console
 
     from multitap_jax.planning.chips import Topology
@@ -89,6 +91,8 @@ def run(values: flags.FlagValues) -> int:
         values.texts_per_image, values.text_tokens, values.prompt_tokens, values.pictures, height, width
     )
     topology, progress = Topology.parse(values.topology, values.slices), Console(stderr=True)
+    with contextlib.suppress(RuntimeError):  # plans are made on the CPU, also where there is something faster
+        jax.config.update("jax_platforms", "cpu")
     topology.devices()  # before JAX is used, which fixes the number of simulated devices
     if values.shardings:
         Path(values.shardings).write_text(sharding_listing(config, model, topology.size, assumed))

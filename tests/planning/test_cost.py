@@ -81,6 +81,8 @@ def test_a_collective_in_a_loop_counts_as_often_as_it_runs():
         ("replica_groups=[4,2]<=[2,4]T(1,0)", (0, 4)),
         ("replica_groups=mesh['a'=2,'b'=4] {'b'}", (0, 1, 2, 3)),
         ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}", (0, 1, 4, 5)),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", (0, 4)),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}", (0, 1, 2, 3)),
         ("source_target_pairs={{0,3},{3,0}}", (0, 3)),
         ("replica_groups={}", tuple(range(8))),
     ],
@@ -91,11 +93,36 @@ def test_groups_in_every_notation(text, group):
     assert first_group(module.computations["main"].root, 8) == group
 
 
+def test_groups_in_a_new_notation_are_no_guess():
+    line = "  ROOT %r = f32[4]{0} all-reduce(%p), channel_id=1, replica_groups=<0..7>, to_apply=%add"
+    module = parse(f"ENTRY %main (p: f32[4]) -> f32[4] {{\n  %p = f32[4]{{0}} parameter(0)\n{line}\n}}\n")
+    with pytest.raises(ValueError, match=r"r: replica_groups=<0\.\.7> is written in a way"):
+        first_group(module.computations["main"].root, 8)
+
+
 def test_types_of_a_tpu_program():
     text = "(bf16[1,56,3584]{2,1,0:T(8,128)(2,1)S(1)}, /*index=1*/s32[2]{0:S(4)}, pred[], f8e4m3fn[8]{0}, s4[3]{0})"
     found = arrays(text)
     assert found[0] == Array("bf16", (1, 56, 3584), 1)
     assert [array.bytes for array in found] == [2 * 56 * 3584, 8, 1, 8, 2]
+
+
+def test_a_sum_and_a_slice_are_a_reduce_scatter():
+    module = parse("""
+%all-reduce-scatter.1 (p: f32[8,64]) -> f32[1,64] {
+  %p = f32[8,64]{1,0} parameter(0)
+  %r = f32[8,64]{1,0} all-reduce(%p), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+  %i = u32[] partition-id()
+  %z = u32[] constant(0)
+  ROOT %s = f32[1,64]{1,0} dynamic-slice(%r, %i, %z), dynamic_slice_sizes={1,64}
+}
+ENTRY %main (p: f32[8,64]) -> f32[1,64] {
+  %p = f32[8,64]{1,0} parameter(0)
+  ROOT %f = f32[1,64]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
+}
+""")
+    (found,) = cost(module, 8).collectives
+    assert (found.kind, found.payload, found.sent) == ("reduce-scatter", 4 * 64, 7 * 4 * 64)
 
 
 # What the compiler for TPUs writes and that for CPUs does not, cut down: batched products as convolutions with holes,

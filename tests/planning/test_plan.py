@@ -15,7 +15,7 @@ from multitap_jax.parallel.listing import placements
 from multitap_jax.parallel.mesh import make_mesh
 from multitap_jax.planning import chips, planner, report
 from multitap_jax.planning.chips import CHIPS, Chip, Topology
-from multitap_jax.planning.compiled import Compiled, Memory
+from multitap_jax.planning.compiled import Compiled, Memory, _warnings
 from multitap_jax.planning.cost import Collective, Cost
 from multitap_jax.planning.hlo import Array
 from multitap_jax.planning.planner import candidates, fits, make_plan
@@ -233,6 +233,15 @@ def test_remedies_come_in_the_order_of_their_price(folder):
     only = TrainConfig(trainable=TrainableConfig(parts="lora"), model=ModelConfig(remat="full"), batch_size=1)
     workload = training_workload(only, *read_model(str(folder)), make_mesh(MeshConfig(), chips._simulated(1)), ASSUMED)
     assert list(candidates(only, dict.fromkeys(("data", "fsdp", "tensor", "context"), 1), workload)) == []
+
+
+def test_arrays_that_the_partitioner_gathers_are_told():
+    said = (
+        "W1 spmd_partitioner.cc:652] [SPMD] Involuntary full rematerialization. The compiler was not able to go from "
+        "sharding {a} to {b} without doing a full rematerialization of the tensor for HLO operation: %add.3 = f32[8]\n"
+        "W1 another.cc:1] harmless\nW1 x.cc:1] Involuntary full rematerialization.\n"
+    )
+    assert _warnings([said, said]) == ("%add.3 = f32[8]", "an operation that it does not name")
 
 
 def test_few_pairs_on_many_chips_are_remarked(plan):
