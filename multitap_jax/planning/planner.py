@@ -7,19 +7,19 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from multitap_jax.config import ConfigError, MeshConfig, TrainConfig
+from multitap_jax.config import ConfigError, TrainConfig
 from multitap_jax.families import Family, num_params
 from multitap_jax.flops import forward_flops, train_flops
 from multitap_jax.parallel.listing import listing, placements
-from multitap_jax.parallel.mesh import AXES, abstract_mesh, make_mesh
+from multitap_jax.parallel.mesh import abstract_mesh, make_mesh
 from multitap_jax.planning.chips import Topology
 from multitap_jax.planning.compiled import Compiled, compile_step
 from multitap_jax.planning.programs import abstract_model, held, lower_scoring, lower_training
 from multitap_jax.planning.published import read_model
+from multitap_jax.planning.remedies import Remedy, candidates, changes
 from multitap_jax.planning.roofline import Roofline, roofline
 from multitap_jax.planning.workload import Assumptions, Workload, scoring_workload, training_workload
 
-_STRONGER = {"none": ("dots", "full"), "dots": ("full",), "full": ()}  # policies that keep less
 RESERVED = 256 * 2**20  # of a TPU's memory, by its runtime
 TOKENS_PER_SHARD = 16384  # of a scoring batch, as `multitap score --batch-tokens` has by default
 
@@ -61,7 +61,7 @@ class Plan:
     assumed: Assumptions
     held: int
     steps: tuple[Step, ...]
-    remedies: tuple["Remedy", ...] = ()
+    remedies: tuple[Remedy, ...] = ()
 
     @property
     def limit(self) -> int | None:
@@ -72,23 +72,6 @@ class Plan:
     def fits(self) -> bool:
         """Whether every step does."""
         return all(fits(step.compiled, self.limit) for step in self.steps)
-
-
-@dataclass(frozen=True)
-class Remedy:
-    """A change that would make room.
-
-    Attributes:
-      settings: as they would be given on the command line.
-      why: in words.
-      held: bytes that each device would hold between two steps; exact.
-      compiled: what came of compiling it; None where nobody has.
-    """
-
-    settings: tuple[str, ...]
-    why: str
-    held: int
-    compiled: Compiled | None = None
 
 
 def fits(compiled: Compiled, limit: int | None) -> bool:
@@ -199,7 +182,7 @@ def _remedies(plan: Plan, family: Family, numbers: Any, verify: int, report: Cal
     """Changes in the order in which they cost least; those that do not fit the model are left out."""
     mesh = None
     for why, config in candidates(plan.config, plan.mesh, plan.steps[0].workload):
-        settings = _changes(plan.config, config)
+        settings = changes(plan.config, config)
         try:
             mesh = make_mesh(config.mesh, plan.topology.devices())
             between = _bytes_held(config, abstract_model(family, numbers, config), mesh)
@@ -213,47 +196,3 @@ def _remedies(plan: Plan, family: Family, numbers: Any, verify: int, report: Cal
         yield Remedy(settings, why, between, compiled)
         if compiled is not None and fits(compiled, plan.limit):
             return
-
-
-def candidates(config: TrainConfig, mesh: dict[str, int], workload: Workload) -> Iterator[tuple[str, TrainConfig]]:
-    """Ways to need less memory, each with the reason; every one starts from what the one before has changed.
-
-    Args:
-      config: what does not fit.
-      mesh: its sizes, settled.
-      workload: of its training step.
-    """
-    replace = dataclasses.replace
-    data, fsdp, tensor, context = (mesh[axis] for axis in AXES)
-    if data > 1:
-        data, fsdp = 1, data * fsdp
-        config = replace(config, mesh=MeshConfig(data, fsdp, tensor, context))
-        yield "share parameters and optimizer state over all data shards", config
-    for remat, why in (("dots", "keep only the products of a layer"), ("full", "keep only the input of each layer")):
-        if remat not in _STRONGER[config.model.remat]:
-            continue
-        config = replace(config, model=replace(config.model, remat=remat))
-        yield f"{why} for the backward pass, recompute the rest", config
-    rows = workload.batch.tokens.shape[0] // (fsdp * config.accumulation)
-    if rows > 1:
-        config = replace(config, accumulation=config.accumulation * rows)
-        yield f"cut the step into micro-batches of one row a device, not {rows}", config
-    if fsdp % 2 == 0:
-        config = replace(config, mesh=MeshConfig(data, fsdp // 2, 2 * tensor, context))
-        yield "split heads and inner widths, and the activations with them", config
-    if config.trainable.parts == "full":
-        yield "train adapters only", replace(config, trainable=replace(config.trainable, parts="lora"))
-
-
-def _changes(before: TrainConfig, after: TrainConfig) -> tuple[str, ...]:
-    """What differs, as flags."""
-
-    def flags(old: Any, new: Any, path: str) -> Iterator[str]:
-        for field in dataclasses.fields(new):
-            a, b, name = getattr(old, field.name), getattr(new, field.name), f"{path}.{field.name}"
-            if dataclasses.is_dataclass(b):
-                yield from flags(a, b, name)
-            elif a != b:
-                yield f"--{name}={b}"
-
-    return tuple(flags(before, after, "config"))

@@ -9,7 +9,8 @@ from rich.text import Text
 
 from multitap_jax.display import TextTable
 from multitap_jax.planning.cost import Collective
-from multitap_jax.planning.planner import Plan, Remedy, Step, fits
+from multitap_jax.planning.planner import Plan, Step, fits
+from multitap_jax.planning.remedies import Remedy
 
 GIB = 2**30
 _SHOWN = 5  # collectives

@@ -18,9 +18,10 @@ from multitap_jax.planning.chips import CHIPS, Chip, Topology
 from multitap_jax.planning.compiled import Compiled, Memory, _warnings
 from multitap_jax.planning.cost import Collective, Cost
 from multitap_jax.planning.hlo import Array
-from multitap_jax.planning.planner import candidates, fits, make_plan
+from multitap_jax.planning.planner import fits, make_plan
 from multitap_jax.planning.programs import abstract_model, held
 from multitap_jax.planning.published import PUBLISHED, read_model
+from multitap_jax.planning.remedies import candidates, changes
 from multitap_jax.planning.roofline import roofline
 from multitap_jax.planning.workload import Assumptions, scoring_workload, training_workload
 from tests.shardings import CONFIGS
@@ -221,7 +222,7 @@ def test_remedies_come_in_the_order_of_their_price(folder):
     workload = training_workload(config, *read_model(str(folder)), make_mesh(MIXED), ASSUMED)
     mesh, given = dict(make_mesh(MIXED).shape), [set()]
     for _, changed in candidates(config, mesh, workload):
-        given.append(set(planner._changes(config, changed)))
+        given.append(set(changes(config, changed)))
     assert [sorted(after - before) for before, after in itertools.pairwise(given)] == [
         ["--config.mesh.data=1", "--config.mesh.fsdp=4"],
         ["--config.model.remat=dots"],
