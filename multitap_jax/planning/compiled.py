@@ -98,4 +98,5 @@ def _needed(message: str) -> int | None:
 def _warnings(said: list[str]) -> tuple[str, ...]:
     """The operations that the partitioner could only move to another layout by gathering them whole."""
     found = re.findall(r"Involuntary full rematerialization[^\n]*?(?:for HLO operation:? ([^\n]*))?\n", "".join(said))
-    return tuple(dict.fromkeys(operation or "an operation that it does not name" for operation in found))
+    names = (operation.partition(", sharding=")[0] or "an operation that it does not name" for operation in found)
+    return tuple(dict.fromkeys(names))
