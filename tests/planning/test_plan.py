@@ -239,7 +239,8 @@ def test_remedies_come_in_the_order_of_their_price(folder):
 def test_arrays_that_the_partitioner_gathers_are_told():
     said = (
         "W1 spmd_partitioner.cc:652] [SPMD] Involuntary full rematerialization. The compiler was not able to go from "
-        "sharding {a} to {b} without doing a full rematerialization of the tensor for HLO operation: %add.3 = f32[8], sharding={c}. As the last\n"
+        "sharding {a} to {b} without doing a full rematerialization of the tensor for HLO operation: "
+        "%add.3 = f32[8], sharding={c}. As the last resort ...\n"
         "W1 another.cc:1] harmless\nW1 x.cc:1] Involuntary full rematerialization.\n"
     )
     assert _warnings([said, said]) == ("%add.3 = f32[8]", "an operation that it does not name")
