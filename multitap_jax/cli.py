@@ -3,6 +3,7 @@
 usage: multitap VERB [--flag=value ...]        multitap VERB --help explains a verb
 
   demo       the whole chain on pictures drawn here: no data, no download, a few minutes on a laptop
+  plan       what a training run will need of chips that are not there: memory, time at best, does it fit
   train      stage 1: fine-tune a backbone and its reward head on human scores
   embed      stage 2: write the frozen model's embeddings of many pairs to disk
   fit        stage 2: fit one ridge head per objective, in closed form, and save them in the checkpoint
@@ -33,7 +34,7 @@ from absl import flags
 from multitap_jax.parallel.host import keep_freed_memory
 from multitap_jax.verbs.common import explain
 
-VERBS = ("demo", "train", "embed", "fit", "score", "evaluate", "import", "export")
+VERBS = ("demo", "plan", "train", "embed", "fit", "score", "evaluate", "import", "export")
 
 
 def _module(verb: str) -> Any:

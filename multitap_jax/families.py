@@ -185,11 +185,20 @@ def read_config(folder: str | Path) -> tuple[Family, Any]:
     folder = Path(folder)
     config = read_json(folder / "config.json")
     try:
-        family = family_of(config)
-        numbers = _configuration(family, config, _preprocessor(folder))
-        return dataclasses.replace(family, **family.of(numbers)), numbers
+        return settle(config, _preprocessor(folder))
     except ConfigError as error:
         raise FolderError(f"{folder / 'config.json'}: {error}") from error
+
+
+def settle(hf_config: Mapping[str, Any], preprocessor: Mapping[str, Any] | None = None) -> tuple[Family, Any]:
+    """The family and configuration that the contents of a `config.json` (and `preprocessor_config.json`) describe.
+
+    Raises:
+      UnsupportedModelError, ConfigError: see `from_config`.
+    """
+    family = family_of(hf_config)
+    numbers = _configuration(family, hf_config, preprocessor)
+    return dataclasses.replace(family, **family.of(numbers)), numbers
 
 
 def abstract_backbone(folder: str | Path, *, param_dtype: Any = jnp.float32) -> Backbone:

@@ -12,7 +12,7 @@ softmax are float32 whatever the type of the inputs.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -132,6 +132,14 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility) 
     q = q.reshape(rows, length, groups, heads // groups, dim)
     out = BACKENDS[visibility.backend](q, k, v, visibility)
     return out.reshape(rows, length, heads, dim).astype(q.dtype)
+
+
+def backend_elsewhere(backend: str, platforms: Sequence[str]) -> str:
+    """The backend to trace with for other platforms than the one at hand, on whose name "auto" depends.
+
+    Dense attention runs everywhere.
+    """
+    return "dense" if backend == AUTO and tuple(platforms) != (jax.default_backend(),) else backend
 
 
 def check_backend(backend: str) -> None:

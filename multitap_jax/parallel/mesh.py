@@ -3,6 +3,10 @@
 Axes, outermost first: `data` (copies of the parameters), `fsdp` (shards of the parameters and of the batch), `tensor`
 (heads and inner dimensions), `context` (reserved for sharing one sequence). Axis types are Auto: parameters, optimizer
 state and batch are placed as this file says, and the compiler (GSPMD) derives the rest.
+
+Devices come in *islands* (slices of a TPU pod, elsewhere the devices of a process) with a fast network inside and a
+slow one between them. Only `data` spans islands, where its size allows it: what crosses the slow network is then the
+sum of gradients, once a step, and never parameters or activations.
 """
 
 import math
@@ -12,7 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from multitap_jax.batch import PackedBatch
@@ -35,38 +40,92 @@ BATCH_AXES = ("data", "fsdp")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of all `devices` (default: `jax.devices()`) with the axes `AXES`.
+    """A mesh of all `devices` (default: `jax.devices()`) with the axes `AXES`, laid out as the network is.
 
     Raises:
-      ConfigError: the sizes do not multiply to the number of devices, or more than one is -1.
+      ConfigError: the sizes do not multiply to the number of devices, or more than one is -1; or there are several
+        slices and their number does not divide `data`.
     """
     devices = list(jax.devices() if devices is None else devices)
+    arranged = arrange(mesh_shape(config, len(devices)), devices)
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def abstract_mesh(config: MeshConfig, count: int) -> AbstractMesh:
+    """The mesh of `count` devices that are not there: enough to say where everything would lie.
+
+    Raises:
+      ConfigError: see `make_mesh`.
+    """
+    return AbstractMesh(mesh_shape(config, count), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_shape(config: MeshConfig, count: int) -> tuple[int, ...]:
+    """Sizes of `AXES` for `count` devices; -1 is settled.
+
+    Raises:
+      ConfigError: the sizes do not multiply to `count`, or more than one is -1.
+    """
     sizes = [getattr(config, axis) for axis in AXES]
     given = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
         raise ConfigError(f"config.mesh: {given}: sizes are 1 or more, and one of them may be -1 (what is left)")
     fixed = math.prod(size for size in sizes if size != -1)
-    if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
+    if count % fixed or (-1 not in sizes and fixed != count):
         remedy = "must divide" if -1 in sizes else "must equal"
         raise ConfigError(
-            f"config.mesh: {given}: the product of the sizes, {fixed}, {remedy} the number of devices, {len(devices)}; "
+            f"config.mesh: {given}: the product of the sizes, {fixed}, {remedy} the number of devices, {count}; "
             "change a size, or set one to -1 to take what is left"
         )
-    shape = tuple(len(devices) // fixed if size == -1 else size for size in sizes)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return tuple(count // fixed if size == -1 else size for size in sizes)
 
 
-def batch_shards(mesh: Mesh) -> int:
+def arrange(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices as an array of `shape`, neighbours of the network next to each other, `data` across islands.
+
+    Where the islands are processes whose number does not divide `data`, the order of the devices decides: inner axes
+    stay inside of a process as far as they fit.
+
+    Raises:
+      ConfigError: the islands are slices, and their number does not divide `data`.
+    """
+    kind, islands = _islands(devices)
+    data, *inner = shape
+    if islands > 1 and data % islands == 0:
+        return mesh_utils.create_hybrid_device_mesh(
+            (data // islands, *inner),
+            (islands, *[1] * len(inner)),
+            devices,
+            process_is_granule=kind == "process_index",
+            allow_split_physical_axes=True,
+        )
+    if islands > 1 and kind == "slice_index":
+        raise ConfigError(
+            f"config.mesh.data = {data} must be a multiple of the number of slices, {islands}: only gradients may "
+            f"cross the network between slices; set data to {islands} and divide fsdp or tensor by as much"
+        )
+    return mesh_utils.create_device_mesh(tuple(shape), devices, allow_split_physical_axes=True)
+
+
+def _islands(devices: Sequence[jax.Device]) -> tuple[str, int]:
+    """What tells islands apart, and how many there are; a TPU slice is one, however many processes serve it."""
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    if slices > 1 or devices[0].platform == "tpu":
+        return "slice_index", slices
+    return "process_index", len({device.process_index for device in devices})
+
+
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts the rows of a batch are split."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Placement of every array of a batch: its leading dimension over `BATCH_AXES`."""
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Placement of what every device holds whole."""
     return NamedSharding(mesh, P())
 
@@ -94,7 +153,7 @@ def shard_batch(batch: PackedBatch, mesh: Mesh) -> PackedBatch:
     return PackedBatch(*map(put, batch))
 
 
-def param_spec(name: str, axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> P:
+def param_spec(name: str, axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
     """The partition of one parameter.
 
     Mesh axes of size 1 are always usable; a larger one must divide its dimension.
@@ -121,7 +180,7 @@ def param_spec(name: str, axes: Sequence[str | None], shape: Sequence[int], mesh
     return P(*spec)
 
 
-def param_shardings(tree: Any, mesh: Mesh) -> Any:
+def param_shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Placement of a module or state: the same pytree with a `NamedSharding` in place of each array.
 
     Every parameter names its logical axes in its metadata (`nnx.Param(value, axes=...)`).
@@ -152,7 +211,7 @@ def path_name(path: Sequence[Any]) -> str:
     return ".".join(part for part in parts if part != "value")
 
 
-def _cut_heads(tree: Any, mesh: Mesh) -> Iterator[str]:
+def _cut_heads(tree: Any, mesh: Mesh | AbstractMesh) -> Iterator[str]:
     """A flattened head dimension may divide where the heads do not; each layer would then move its heads about."""
     config, tensor = getattr(getattr(tree, "backbone", tree), "config", None), mesh.shape["tensor"]
     for part, name in (("text", "num_heads"), ("text", "num_kv_heads"), ("vision", "num_heads")):

@@ -32,6 +32,8 @@ from multitap_jax.scoring.pairs import Source, make_pairs
 from multitap_jax.scoring.progress import progress_bar
 from multitap_jax.scoring.readahead import read_ahead
 from multitap_jax.scoring.results import Embeddings, Ranking, Results, Scores
+from multitap_jax.stage1.step import forward as run_cells
+from multitap_jax.stage1.step import join_cells, split_cells
 from multitap_jax.stage2.head import RidgeHead
 from multitap_jax.weights.sources import locate
 
@@ -96,7 +98,7 @@ class Scorer:
         shardings = None if mesh is None else (param_shardings(model, mesh), replicated(mesh), replicated(mesh))
         self._weights = jax.device_put((model, *(np.asarray(head, np.float32) for head in heads)), shardings)
         self._mesh = mesh
-        self._execution = Execution(dtype=dtype, attention=attention)
+        self._execution = Execution(dtype=dtype, attention=attention, mesh=mesh)
         self._lock = threading.Lock()
 
     @classmethod
@@ -236,11 +238,11 @@ class Scorer:
     def _compute(self, batch: PackedBatch, embeddings: bool) -> Any:
         """Starts a batch; the arrays that come back are not yet computed."""
         placed = jax.device_put(batch) if self._mesh is None else shard_batch(batch, self._mesh)
-        return _forward(*self._weights, placed, execution=self._execution, keep_embeddings=embeddings)
+        return forward(*self._weights, placed, execution=self._execution, keep_embeddings=embeddings)
 
 
 @functools.partial(jax.jit, static_argnames=("execution", "keep_embeddings"))
-def _forward(
+def forward(
     model: RewardModel,
     coef: jax.Array,
     intercept: jax.Array,
@@ -250,6 +252,15 @@ def _forward(
     keep_embeddings: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Logits float32[B, K], objectives float32[B, K, T], and hidden states float32[B, K, H] where they are wanted."""
-    hidden = model.embed(batch, execution)
+    hidden = _embed(model, batch, execution)
     objectives = jnp.einsum("bkh,th->bkt", hidden, coef, precision="highest") + intercept[None, None, :]
     return model.head(hidden), objectives, hidden if keep_embeddings else None
+
+
+def _embed(model: RewardModel, batch: PackedBatch, execution: Execution) -> jax.Array:
+    """Hidden states float32[B, K, H]; on a mesh shard by shard, so that weights are gathered and not activations."""
+    if execution.mesh is None:
+        return model.embed(batch, execution)
+    cells = split_cells(batch, batch_shards(execution.mesh), 1, model.backbone.config.block)
+    hidden = run_cells(model.embed, jax.tree.map(lambda x: x[0], cells), execution)
+    return join_cells(hidden[None])

@@ -1,5 +1,6 @@
 """Mesh sizes, the rules table, and where parameters and batches lie."""
 
+import dataclasses
 import math
 
 import jax
@@ -13,6 +14,8 @@ from multitap_jax.families import from_config
 from multitap_jax.parallel.distributed import agree, barrier, initialize, is_main_process
 from multitap_jax.parallel.mesh import (
     AXES,
+    abstract_mesh,
+    arrange,
     batch_shards,
     make_mesh,
     param_shardings,
@@ -46,6 +49,60 @@ def test_one_size_may_be_what_is_left():
 def test_sizes_that_do_not_fit_are_named(config, message):
     with pytest.raises(ConfigError, match=message):
         make_mesh(config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What the layout of a mesh looks at."""
+
+    id: int
+    process_index: int
+    slice_index: int
+    platform: str
+    coords: tuple[int, int, int]
+    device_kind: str
+    core_on_chip: int = 0
+
+
+def devices(platform, *, processes, slices, count=8):
+    place = lambda i: (i % (count // slices) % 2, i % (count // slices) // 2, 0)
+    kind = "TPU v5 lite" if platform == "tpu" else "made up"
+    made = [Device(i, i * processes // count, i * slices // count, platform, place(i), kind) for i in range(count)]
+    return made[1::2] + made[::2]  # not in their order
+
+
+@pytest.mark.parametrize(
+    ("platform", "processes", "slices", "island"),
+    [("tpu", 4, 2, "slice_index"), ("gpu", 2, 1, "process_index"), ("gpu", 4, 2, "slice_index")],
+)
+@pytest.mark.parametrize("shape", [(2, 4, 1, 1), (4, 1, 2, 1), (2, 2, 2, 1)])
+def test_only_data_spans_islands(platform, processes, slices, island, shape):
+    arranged = arrange(shape, devices(platform, processes=processes, slices=slices))
+    assert arranged.shape == shape
+    assert sorted(device.id for device in arranged.flat) == list(range(8))
+    for share in arranged:
+        assert len({getattr(device, island) for device in share.flat}) == 1
+    halves = arranged.reshape(2, -1)
+    assert {getattr(device, island) for device in halves[0]} != {getattr(device, island) for device in halves[1]}
+
+
+def test_one_slice_is_one_island_however_many_processes_serve_it():
+    made = devices("tpu", processes=4, slices=1)
+    assert sorted(device.id for device in arrange((1, 8, 1, 1), made).flat) == list(range(8))
+
+
+def test_parameters_may_span_processes_but_not_slices():
+    made = sorted(devices("gpu", processes=2, slices=1), key=lambda device: device.id)
+    assert [device.id for device in arrange((1, 4, 2, 1), made).flat] == list(range(8))
+    with pytest.raises(ConfigError, match=r"data = 1 must be a multiple of the number of slices, 2: only gradients"):
+        arrange((1, 8, 1, 1), devices("tpu", processes=4, slices=2))
+
+
+def test_an_abstract_mesh_has_the_sizes_of_a_real_one():
+    assert dict(abstract_mesh(MIXED, 8).shape) == dict(make_mesh(MIXED).shape)
+    assert dict(abstract_mesh(MeshConfig(data=-1, fsdp=64), 512).shape)["data"] == 8
+    with pytest.raises(ConfigError, match="must equal the number of devices, 9"):
+        abstract_mesh(MIXED, 9)
 
 
 def test_every_parameter_of_the_backbone_has_a_place():

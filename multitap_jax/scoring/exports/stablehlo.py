@@ -15,6 +15,7 @@ import numpy as np
 from jax import export
 
 from multitap_jax.backbones import Backbone, Execution
+from multitap_jax.backbones.attention import backend_elsewhere
 from multitap_jax.batch import PackedBatch
 from multitap_jax.data.layouts import Layout
 from multitap_jax.data.processing import Processing
@@ -99,8 +100,7 @@ def export_stablehlo(
     heads = _heads(artefact)
     specs = {f"backbone.{path}": leaf for path, leaf in named_params(model).items()} | heads
     specs, batch_specs = _specs(specs), _specs(batch)
-    # What "auto" picks depends on the platform it is traced on; dense attention runs everywhere.
-    attention = "auto" if tuple(platforms) == (jax.default_backend(),) else "dense"
+    attention = backend_elsewhere("auto", platforms)
     function = jax.jit(_program(model, Execution(dtype=dtype, attention=attention)))
     program = export.export(function, platforms=list(platforms))(specs, batch_specs)
     with new_folder(Path(out), replaceable=replaceable(overwrite, ABOUT)) as new:
