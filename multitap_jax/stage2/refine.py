@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from multitap_jax.parallel.distributed import sum_over_processes
 from multitap_jax.stage2.rows import Rows
-from multitap_jax.stage2.sharded import sum_over_processes
 
 TOLERANCE = 1e-7  # error of the predictions, in standard deviations of the labels
 MAX_PASSES = 20

@@ -1,6 +1,8 @@
 """Flags that several verbs share, their bounds, and the words for flags that are wrong."""
 
+import contextlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from absl import flags
@@ -51,6 +53,57 @@ def model_flags(values: flags.FlagValues) -> None:
     whole_number(values, "max_length", 2048, "Longest pair in tokens, image tokens included.")
     flags.DEFINE_bool("truncate", False, "Cut the tail of longer texts and say so.", flag_values=values)
     flags.mark_flag_as_required("checkpoint", flag_values=values)
+
+
+def process_flags(values: flags.FlagValues) -> None:
+    """Which process of how many this is, and how long one waits for the others."""
+    flags.DEFINE_string(
+        "coordinator",
+        None,
+        "HOST:PORT of process 0 of a run of several processes, or auto: ask Slurm, JobSet or Cloud TPU. Also "
+        "MULTITAP_COORDINATOR; without either, this process is alone.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer("num_processes", None, "Processes of the run (MULTITAP_NUM_PROCESSES).", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "This process, from 0 (MULTITAP_PROCESS_ID).", flag_values=values)
+    whole_number(values, "join_timeout", 300, "Seconds in which all processes have to come.")
+    whole_number(
+        values, "heartbeat_timeout", 100, "Seconds without a sign of life after which a process counts as dead."
+    )
+    whole_number(
+        values, "watchdog", 1800, "Seconds without progress after which a process ends; 0 for no limit.", low=0
+    )
+
+
+@contextlib.contextmanager
+def joined(verb: str, values: flags.FlagValues) -> Iterator[None]:
+    """A verb with `process_flags` joins the processes of its run, and is watched; all of them end together."""
+    if "coordinator" not in values:
+        yield
+        return
+    from multitap_jax.parallel import distributed, watchdog
+
+    place = distributed.initialize(
+        values.coordinator,
+        values.num_processes,
+        values.process_id,
+        timeout=values.join_timeout,
+        heartbeat=values.heartbeat_timeout,
+        saves_on_sigterm=verb == "train",
+    )
+    with watchdog.watched(values.watchdog, "this process" if place is None else place.name):
+        yield
+        if place is not None:
+            distributed.barrier("end")
+
+
+def left(values: flags.FlagValues, code: int, error: Exception | None = None) -> int:
+    """The exit code of a verb that failed; see `parallel.distributed.leave`."""
+    if "coordinator" not in values:
+        return code
+    from multitap_jax.parallel.distributed import leave
+
+    return leave(code, error)
 
 
 def load_scorer(values: flags.FlagValues) -> Any:

@@ -14,11 +14,12 @@ from pathlib import Path
 
 from absl import flags
 
-from multitap_jax.verbs.common import input_flags, whole_number
+from multitap_jax.verbs.common import input_flags, process_flags, whole_number
 
 
 def define_flags(values: flags.FlagValues) -> None:
     input_flags(values)
+    process_flags(values)
     flags.DEFINE_string("scores", None, "Scores (JSONL). Required.", flag_values=values)
     flags.DEFINE_string("output", None, "Folder for metrics.json and plots.", flag_values=values)
     flags.DEFINE_string(

@@ -9,12 +9,13 @@ way, also by kill -9, the same command goes on after the last complete line.
 
 from absl import flags
 
-from multitap_jax.verbs.common import input_flags, load_scorer, model_flags, whole_number
+from multitap_jax.verbs.common import input_flags, load_scorer, model_flags, process_flags, whole_number
 
 
 def define_flags(values: flags.FlagValues) -> None:
     input_flags(values)
     model_flags(values)
+    process_flags(values)
     flags.DEFINE_string("output", None, "Where the scores go (JSONL). Required.", flag_values=values)
     whole_number(values, "window", 1024, "Records that are read, grouped by image and written at once.")
     flags.mark_flag_as_required("output", flag_values=values)
