@@ -17,11 +17,12 @@ def define_flags(values: flags.FlagValues) -> None:
     model_flags(values)
     process_flags(values)
     flags.DEFINE_string("output", None, "Folder of the embeddings. Required.", flag_values=values)
-    whole_number(values, "shard_rows", 4096, "Rows a shard.")
+    whole_number(values, "shard_rows", 4096, "Records a shard.")
     flags.mark_flag_as_required("output", flag_values=values)
 
 
 def run(values: flags.FlagValues) -> int:
+    from multitap_jax.parallel.distributed import is_main_process
     from multitap_jax.stage2.embed import embed_records
 
     summary = embed_records(
@@ -33,5 +34,6 @@ def run(values: flags.FlagValues) -> int:
         allow_outside_root=values.allow_outside_root,
         show_progress=True,
     )
-    print(summary)
+    if is_main_process():
+        print(summary)
     return 0

@@ -44,7 +44,10 @@ def run(values: flags.FlagValues) -> int:
 
     from multitap_jax.data.records import check_rejected_share
     from multitap_jax.evaluation.report import evaluate_files
+    from multitap_jax.parallel.distributed import is_main_process
 
+    if not is_main_process():  # it is the work of a moment, and done once
+        return 0
     report = evaluate_files(
         values.scores,
         values.input,

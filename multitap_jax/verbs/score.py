@@ -22,6 +22,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def run(values: flags.FlagValues) -> int:
+    from multitap_jax.parallel.distributed import is_main_process
     from multitap_jax.scoring.job import score_file
 
     summary = score_file(
@@ -34,5 +35,6 @@ def run(values: flags.FlagValues) -> int:
         window=values.window,
         show_progress=True,
     )
-    print(summary)
+    if is_main_process():
+        print(summary)
     return 0
