@@ -16,8 +16,8 @@ The usual way:  train --config=configs/lora.py --workdir=run
                 score --checkpoint=run/artefact --input=pairs.jsonl --output=scores.jsonl
                 evaluate --scores=scores.jsonl --input=ratings.jsonl
 
-Exit codes: 0 done; 1 stopped with an explanation; 2 wrong usage; 75 no progress, ended by the watchdog (run it again);
-143 stopped by SIGTERM after saving (run it again). docs/launching.md: several processes, and how they end.
+Exit codes: 0 done; 1 stopped with an explanation; 2 wrong usage; and, to be run again: 75 no progress, ended by
+the watchdog; 76 another process of the run ended; 143 stopped by SIGTERM after saving (docs/launching.md).
 MULTITAP_TRACEBACK=1 shows where in the code an explained error arose.
 """
 
@@ -144,11 +144,13 @@ def _run(verb: str, values: flags.FlagValues) -> int:
         print(f"\nmultitap {verb}: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return left(values, 130)
     except Exception as error:
-        if not _is_explained(error) or os.environ.get("MULTITAP_TRACEBACK"):
-            left(values, 1, error)
-            raise
-        print(f"multitap {verb}: {_said(error)}", file=sys.stderr)
-        return left(values, 1)
+        explained = _is_explained(error) and not os.environ.get("MULTITAP_TRACEBACK")
+        if explained:
+            print(f"multitap {verb}: {_said(error)}", file=sys.stderr)
+        code = left(values, 1, error, explained)
+        if explained:
+            return code
+        raise
 
 
 if __name__ == "__main__":

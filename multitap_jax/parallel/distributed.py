@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -20,6 +21,8 @@ from multitap_jax.parallel.clusters import Place, find_place
 Item = TypeVar("Item")
 TIMEOUT = 300  # seconds in which all processes of a run have to come
 HEARTBEAT = 100  # seconds without a sign of life after which a process counts as dead, and the run as over
+LOST = 76  # exit code (EX_PROTOCOL of sysexits.h) of a process that had to end because another did
+_OF_ANOTHER = re.compile(r"Gloo|NCCL|RCCL|closed by peer|reset by peer|coordination service", re.IGNORECASE)
 _MARGIN = 60  # by which JAX waits longer than we do: it aborts without a word on what to check
 
 
@@ -131,25 +134,27 @@ def _give_up(place: Place, timeout: float) -> None:
     os._exit(1)
 
 
-def leave(code: int, error: BaseException | None = None) -> int:
+def leave(code: int, error: BaseException | None = None, explained: bool = True) -> int:
     """The exit code of a process that failed; one of several ends here, at once, and the others with it.
 
     They may wait for it in a collective, so it must not wait for them, as JAX would at a regular exit.
 
     Args:
-      code: of the exit.
-      error: its traceback is printed by one of several, since nobody will be there to do it.
+      code: of the exit; `LOST` is put in its place where the error is but the echo of another process's end.
+      error: what went wrong.
+      explained: whether the user was told; otherwise its traceback is printed, since nobody will be there to do it.
     """
     if not jax.distributed.is_initialized():
         return code
-    if error is not None:
-        traceback.print_exception(error)
-    index, count = jax.process_index(), jax.process_count()
-    print(
-        f"multitap: process {index} of {count} ends with code {code}, and the run with it. If it only lost another "
-        "process, the log of that one says why. The same command, given to all, goes on where the run was saved",
-        file=sys.stderr,
-    )
+    name = f"process {jax.process_index()} of {jax.process_count()}"
+    if error is not None and _OF_ANOTHER.search(str(error)):
+        first = str(error).partition("\n")[0]
+        code, why = LOST, f"{name} lost another process, whose log says why that one ended ({first})"
+    else:
+        why = f"{name} failed, and the run with it"
+        if error is not None and not explained:
+            traceback.print_exception(error)
+    print(f"multitap: {why}. The same command, given to all, goes on where the run was saved", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -97,13 +97,13 @@ def joined(verb: str, values: flags.FlagValues) -> Iterator[None]:
             distributed.barrier("end")
 
 
-def left(values: flags.FlagValues, code: int, error: Exception | None = None) -> int:
+def left(values: flags.FlagValues, code: int, error: Exception | None = None, explained: bool = True) -> int:
     """The exit code of a verb that failed; see `parallel.distributed.leave`."""
     if "coordinator" not in values:
         return code
     from multitap_jax.parallel.distributed import leave
 
-    return leave(code, error)
+    return leave(code, error, explained)
 
 
 def load_scorer(values: flags.FlagValues) -> Any:

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from multitap_jax.demo.checkpoint import build_checkpoint
 from multitap_jax.demo.texts import vocabulary_sample
 from multitap_jax.demo.world import build_world
+from multitap_jax.parallel.distributed import LOST
 from multitap_jax.stage2 import EmbeddingStore
 from tests.parallel.group import CLI, ROOT, start, verbs
 
@@ -163,8 +164,8 @@ def test_when_one_is_killed_the_others_end_and_the_restart_is_bit_for_bit(folder
     group.processes[1].kill()
     codes = group.wait(60)
     assert codes[1] == -signal.SIGKILL
-    assert codes[0] in (1, -signal.SIGABRT), group.log(0)
-    assert "process 0 of 2 ends with code 1" in group.log(0) or "another task died" in group.log(0)
+    assert codes[0] in (LOST, -signal.SIGABRT), group.log(0)
+    assert "process 0 of 2 lost another process" in group.log(0) or "another task died" in group.log(0)
     again = start(killed, 2, folder / "killed")
     assert again.wait() == [0, 0], again.log(0)
     assert "going on after step" in again.log(0)
@@ -172,3 +173,11 @@ def test_when_one_is_killed_the_others_end_and_the_restart_is_bit_for_bit(folder
     one, two = (load_file(folder / name / "run" / "artefact" / "model.safetensors") for name in commands)
     for key in one:
         np.testing.assert_array_equal(two[key], one[key])
+
+
+def test_the_local_launcher_trains_to_the_losses_of_one_process(folder, world, alone):
+    out = folder / "launched"
+    command = [str(ROOT / "launch" / "local.sh"), "2", *map(str, training(folder, world, out / "run"))]
+    group = start(command, 1, out, MULTITAP=" ".join(CLI))
+    assert group.wait() == [0], group.log(0)
+    np.testing.assert_allclose(losses(out / "run"), losses(alone / "run"), rtol=3e-6)
