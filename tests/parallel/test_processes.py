@@ -151,28 +151,61 @@ def test_four_processes_share_the_parameters(folder, world, alone):
     np.testing.assert_allclose(losses(out / "run"), losses(alone / "run"), rtol=3e-6)
 
 
-def test_when_one_is_killed_the_others_end_and_the_restart_is_bit_for_bit(folder, world):
-    settings = ("--config.checkpoint.every_steps=5", "--config.evaluate_every=0", "--config.epochs=10")
-    commands = {name: training(folder, world, folder / name / "run", *settings) for name in ("whole", "killed")}
+def when(happened, group):
+    """Waits for something that a running process does."""
+    while not happened():
+        assert all(process.poll() is None for process in group.processes), group.log(0) + group.log(1)
+        time.sleep(0.02)
+
+
+def test_after_kill_and_sigterm_to_one_of_them_a_run_goes_on_bit_for_bit(folder, world):
+    settings = ("--config.checkpoint.every_steps=5", "--config.evaluate_every=0", "--config.epochs=15")
+    commands = {name: training(folder, world, folder / name / "run", *settings) for name in ("whole", "stopped")}
     whole = start([*CLI, *map(str, commands["whole"])], 2, folder / "whole")
     assert whole.wait() == [0, 0], whole.log(0)
-    killed = [*CLI, *map(str, commands["killed"]), "--heartbeat_timeout=10"]
-    group = start(killed, 2, folder / "killed")
-    saved = folder / "killed" / "run" / "checkpoints" / "10"
-    while not saved.exists() and group.processes[1].poll() is None:
-        time.sleep(0.02)
+    run = folder / "stopped" / "run"
+    command = [*CLI, *map(str, commands["stopped"]), "--heartbeat_timeout=10"]
+
+    group = start(command, 2, folder / "stopped")
+    when((run / "checkpoints" / "10").exists, group)
     group.processes[1].kill()
     codes = group.wait(60)
     assert codes[1] == -signal.SIGKILL
     assert codes[0] in (LOST, -signal.SIGABRT), group.log(0)
     assert "process 0 of 2 lost another process" in group.log(0) or "another task died" in group.log(0)
-    again = start(killed, 2, folder / "killed")
-    assert again.wait() == [0, 0], again.log(0)
-    assert "going on after step" in again.log(0)
-    assert losses(folder / "killed" / "run") == losses(folder / "whole" / "run")
+
+    group = start(command, 2, folder / "stopped")
+    when(lambda: "step 15/" in group.log(0), group)
+    group.processes[1].terminate()
+    assert group.wait(60) == [143, 143], group.log(0) + group.log(1)
+    assert "going on after step" in group.log(0)
+    assert len(losses(run)) < 60
+
+    group = start(command, 2, folder / "stopped")
+    assert group.wait() == [0, 0], group.log(0)
+    assert losses(run) == losses(folder / "whole" / "run")
     one, two = (load_file(folder / name / "run" / "artefact" / "model.safetensors") for name in commands)
     for key in one:
         np.testing.assert_array_equal(two[key], one[key])
+
+
+def test_what_two_began_to_score_one_finishes(folder, world, alone):
+    out = folder / "begun" / "scores.jsonl"
+    command = ["score", f"--checkpoint={folder / 'one'}", f"--input={world.train}", f"--output={out}"]
+    command = [*CLI, *command, "--window=2", "--max_rejected=0.1", "--heartbeat_timeout=10"]
+    group = start(command, 2, folder / "begun")
+    when(lambda: out.exists() and out.stat().st_size > 0, group)
+    group.processes[1].kill()
+    assert group.wait(90)[0] != 0
+    begun = len(out.read_text().splitlines())
+    assert 0 < begun < 55
+    lone = start(command, 1, folder / "begun")
+    assert lone.wait() == [0], lone.log(0)
+    found, expected = ([json.loads(line) for line in path.read_text().splitlines()] for path in (out, alone / out.name))
+    assert [line["id"] for line in found] == [line["id"] for line in expected]
+    for a, b in zip(found[:-1], expected[:-1], strict=True):
+        assert a["score"] == pytest.approx(b["score"], abs=1e-5)
+    assert not out.with_name("scores.jsonl.parts").exists()
 
 
 def test_the_local_launcher_trains_to_the_losses_of_one_process(folder, world, alone):

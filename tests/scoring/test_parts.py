@@ -28,7 +28,7 @@ class Worker:
 
 def test_blocks_end_at_the_same_places_wherever_they_begin():
     assert [(b.first, len(b.items)) for b in blocks(iter(range(25)), 10)] == [(0, 10), (10, 10), (20, 5)]
-    assert list(blocks(iter(range(7, 25)), 10, 7))[0] == Block(7, [7, 8, 9])
+    assert next(blocks(iter(range(7, 25)), 10, 7)) == Block(7, [7, 8, 9])
     assert list(blocks(iter([]), 10, 7)) == []
 
 
