@@ -52,6 +52,8 @@ def model_flags(values: flags.FlagValues) -> None:
     whole_number(values, "batch_tokens", 16384, "About how many tokens a batch holds.")
     whole_number(values, "max_length", 2048, "Longest pair in tokens, image tokens included.")
     flags.DEFINE_bool("truncate", False, "Cut the tail of longer texts and say so.", flag_values=values)
+    whole_number(values, "devices", 0, "Devices of this process that share the batches; 0: all (a CPU is one).", low=0)
+    whole_number(values, "fsdp", 1, "How many of them share one copy of the parameters, where one is too small.")
     flags.mark_flag_as_required("checkpoint", flag_values=values)
 
 
@@ -112,11 +114,26 @@ def load_scorer(values: flags.FlagValues) -> Any:
 
     return Scorer.from_pretrained(
         values.checkpoint,
+        mesh=_own_mesh(values.devices, values.fsdp),
         dtype=values.dtype,
         batch_tokens=values.batch_tokens,
         max_length=values.max_length,
         truncate=values.truncate,
     )
+
+
+def _own_mesh(count: int, fsdp: int) -> Any:
+    """A mesh of `count` devices of this process, whatever others there are; None for a single one."""
+    import jax
+
+    from multitap_jax.config import MeshConfig
+    from multitap_jax.parallel.mesh import make_mesh
+
+    devices = jax.local_devices()
+    count = count or (1 if devices[0].platform == "cpu" else len(devices))  # more than one CPU is a simulation
+    if count > len(devices) or count % fsdp:
+        raise ValueError(f"--devices={count} --fsdp={fsdp}: this process has {len(devices)}, and fsdp divides devices")
+    return None if count == 1 else make_mesh(MeshConfig(data=-1, fsdp=fsdp), devices[:count])
 
 
 # What absl says, and what is said instead; the first that matches a line counts.

@@ -60,12 +60,12 @@ def training(folder, world, workdir, *more) -> list[object]:
     ]
 
 
-def after_training(world, artefact, out) -> list[list[object]]:
+def after_training(world, artefact, out, *more) -> list[list[object]]:
     model, source = f"--checkpoint={artefact}", f"--input={world.train}"
     return [
         ["embed", model, source, f"--output={out / 'store'}", "--shard_rows=10", "--max_rejected=0.1"],
         ["fit", model, f"--embeddings={out / 'store'}"],
-        ["score", model, source, f"--output={out / 'scores.jsonl'}", "--window=10", "--max_rejected=0.1"],
+        ["score", model, source, f"--output={out / 'scores.jsonl'}", "--window=10", "--max_rejected=0.1", *more],
         ["evaluate", f"--scores={out / 'scores.jsonl'}", source, f"--output={out / 'report'}", "--bootstrap=20"],
         ["fit", model, source, "--max_rejected=0.1"],
     ]
@@ -90,9 +90,11 @@ def alone(folder, world) -> Path:
 
 @pytest.fixture(scope="module")
 def pair(folder, world, alone) -> Path:
+    """Two processes of two devices each."""
     out = folder / "pair"
-    commands = [training(folder, world, out / "run"), *after_training(world, folder / "two", out)]
-    group = verbs(commands, 2, out)
+    both = ("--devices=2", "--fsdp=2")
+    commands = [training(folder, world, out / "run"), *after_training(world, folder / "two", out, *both)]
+    group = verbs(commands, 2, out, JAX_NUM_CPU_DEVICES=2)
     assert group.wait() == [0, 0], group.log(0) + group.log(1)
     return out
 
