@@ -17,7 +17,8 @@ The usual way:  train --config=configs/lora.py --workdir=run
                 score --checkpoint=run/artefact --input=pairs.jsonl --output=scores.jsonl
                 evaluate --scores=scores.jsonl --input=ratings.jsonl
 
-Exit codes: 0 done; 1 stopped with an explanation; 2 wrong usage; 143 stopped by SIGTERM after saving (run it again).
+Exit codes: 0 done; 1 stopped with an explanation; 2 wrong usage; and, to be run again: 75 no progress, ended by
+the watchdog; 76 another process of the run ended; 143 stopped by SIGTERM after saving (docs/launching.md).
 MULTITAP_TRACEBACK=1 shows where in the code an explained error arose.
 """
 
@@ -32,7 +33,7 @@ from typing import Any
 from absl import flags
 
 from multitap_jax.parallel.host import keep_freed_memory
-from multitap_jax.verbs.common import explain
+from multitap_jax.verbs.common import explain, joined, left
 
 VERBS = ("demo", "plan", "train", "embed", "fit", "score", "evaluate", "import", "export")
 
@@ -98,7 +99,9 @@ def _asks_for_hub(values: flags.FlagValues) -> bool:
 
 def _is_explained(error: Exception) -> bool:
     """Whether the message was written for the user; other runtime errors (a compiler's, say) keep their traceback."""
-    return not isinstance(error, RuntimeError) or type(error).__module__.startswith("multitap_jax.")
+    if isinstance(error, RuntimeError):
+        return type(error).__module__.startswith("multitap_jax.")
+    return isinstance(error, ValueError | OSError)
 
 
 def _said(error: Exception) -> str:
@@ -131,17 +134,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not _asks_for_hub(values):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     keep_freed_memory()
-    module = _module(argv[0])
+    return _run(argv[0], values)
+
+
+def _run(verb: str, values: flags.FlagValues) -> int:
     try:
-        return int(module.run(values) or 0)
+        with joined(verb, values):
+            return int(_module(verb).run(values) or 0)
     except KeyboardInterrupt:
-        print(f"\nmultitap {argv[0]}: interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, RuntimeError) as error:
-        if os.environ.get("MULTITAP_TRACEBACK") or not _is_explained(error):
-            raise
-        print(f"multitap {argv[0]}: {_said(error)}", file=sys.stderr)
-        return 1
+        print(f"\nmultitap {verb}: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return left(values, 130)
+    except Exception as error:
+        explained = _is_explained(error) and not os.environ.get("MULTITAP_TRACEBACK")
+        if explained:
+            print(f"multitap {verb}: {_said(error)}", file=sys.stderr)
+        code = left(values, 1, error, explained)
+        if explained:
+            return code
+        raise
 
 
 if __name__ == "__main__":

@@ -65,8 +65,8 @@ def group_examples(
     return [Group(n, i, tuple(t)) for n, i, t in zip(lengths, images, texts, strict=True)], prefixes
 
 
-def empty_batch(shape: Shape, vision: Vision) -> PackedBatch:
-    """A batch of padding only."""
+def empty_batch(shape: Shape, vision: Vision, patch_rows: int | None = None) -> PackedBatch:
+    """A batch of padding only; `patches` has `patch_rows` of the vision rows, None for all."""
     b, s, k, r, p, i = (getattr(shape, f.name) for f in fields(shape))
     return PackedBatch(
         tokens=np.zeros((b, s), np.int32),
@@ -79,7 +79,7 @@ def empty_batch(shape: Shape, vision: Vision) -> PackedBatch:
         target=np.zeros((b, k), np.float32),
         weight=np.zeros((b, k), np.float32),
         image_token=np.full((b, i), -1, np.int32),
-        patches=np.zeros((r, p, vision.layout.features), np.uint8),
+        patches=np.zeros((r if patch_rows is None else patch_rows, p, vision.layout.features), np.uint8),
         patch_position=np.zeros((r, p, vision.layout.coordinates), np.int32),
         patch_segment=np.zeros((r, p), np.int32),
     )
@@ -93,6 +93,8 @@ def pack(
     cells: Sequence[Cell],
     shape: Shape,
     vision: Vision,
+    *,
+    mine: Sequence[int] | None = None,
 ) -> PackedBatch:
     """Fills a batch of `shape` as `place` decided.
 
@@ -103,9 +105,14 @@ def pack(
       cells: from `place`; each takes an equal, contiguous share of rows and of vision rows.
       shape: the shape of the batch; rows and vision_rows are multiples of len(cells).
       vision: vision facts of the backbone.
+      mine: the cells, ascending, whose pixels this process uploads; `patches` then has their vision rows and no others,
+        and of the other cells' images only the grids are read. None: all cells.
     """
-    batch = empty_batch(shape, vision)
     rows_each, vision_each = shape.rows // len(cells), shape.vision_rows // len(cells)
+    mine = range(len(cells)) if mine is None else mine
+    batch = empty_batch(shape, vision, len(mine) * vision_each)
+    for place, number in enumerate(mine):
+        _fill_pixels(np.asarray(batch.patches)[place * vision_each :], cells[number], images)
     for number, cell in enumerate(cells):
         first_cell = _fill_vision(batch, cell, number * vision_each, images, vision)
         for offset, pieces in enumerate(cell.rows):
@@ -157,18 +164,27 @@ def _put(
 def _fill_vision(
     batch: PackedBatch, cell: Cell, first_row: int, images: Mapping[Hashable, ImagePatches], vision: Vision
 ) -> dict[Hashable, int]:
-    """Writes the images of a cell into its vision rows; returns the first merged cell of each image."""
+    """Describes the images of a cell in its vision rows; returns the first merged cell of each image."""
     first_cell: dict[Hashable, int] = {}
     layout = vision.layout
-    row_cells = layout.row_cells(batch.patches.shape[1])
+    row_cells = layout.row_cells(batch.patch_segment.shape[1])
     for offset, keys in enumerate(cell.vision):
         row, column = first_row + offset, 0
         for number, key in enumerate(keys, start=1):
-            image = images[key]
-            span = slice(column, column + len(image.patches))
-            batch.patches[row, span] = image.patches
-            batch.patch_position[row, span] = layout.patch_positions(image.grid)
-            batch.patch_segment[row, span] = np.where(layout.real_patches(image.grid), number, 0)
+            grid = images[key].grid
+            span = slice(column, column + layout.num_patches(grid))
+            batch.patch_position[row, span] = layout.patch_positions(grid)
+            batch.patch_segment[row, span] = np.where(layout.real_patches(grid), number, 0)
             first_cell[key] = row * row_cells + layout.row_cells(column)
-            column += len(image.patches)
+            column = span.stop
     return first_cell
+
+
+def _fill_pixels(patches: np.ndarray, cell: Cell, images: Mapping[Hashable, ImagePatches]) -> None:
+    """Writes the pixels of a cell's images into its vision rows, where `_fill_vision` says they are."""
+    for row, keys in enumerate(cell.vision):
+        column = 0
+        for key in keys:
+            pixels = images[key].patches
+            patches[row, column : column + len(pixels)] = pixels
+            column += len(pixels)

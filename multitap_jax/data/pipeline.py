@@ -8,7 +8,7 @@ on demand by the loader's threads: all of them would not fit into memory.
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import grain
 import numpy as np
@@ -46,6 +46,8 @@ class PackedDataset:
       shuffle: see `plan_epoch`.
       row_length: tokens a row; 0 chooses.
       cells: data shards x micro-batches; each gets an equal contiguous share of rows and of vision rows.
+      own: the cells whose pictures this process reads, ascending: `patches` of its batches has their vision rows alone
+        (`pack`). All processes place all cells, from lengths. None: all cells.
       on_failure: told once, by a thread of the loader, of the records of a picture that cannot be read any more; they
         have weight 0 in the batches built without it.
 
@@ -68,11 +70,13 @@ class PackedDataset:
         shuffle: str = "groups",
         row_length: int = 0,
         cells: int = 1,
+        own: Sequence[int] | None = None,
         on_failure: Callable[[list[Rejected]], None] | None = None,
     ):
         if not prepared.examples:
             raise ValueError("no usable pairs: every record was rejected or the file is empty")
         self._data, self._reader, self._vision, self._cells = prepared, reader, vision, cells
+        self._own = range(cells) if own is None else own
         self._on_failure = on_failure
         self._lock = threading.Lock()
         self._told: set[Hashable] = set()
@@ -157,7 +161,11 @@ class PackedDataset:
         except (ImageError, OSError) as error:
             broken.add(key)
             self._tell(key, str(error))
-            return ImagePatches(np.zeros((self._patches[key], self._vision.layout.features), np.uint8), grid, str(key))
+            return self._blank(key, self._patches[key])
+
+    def _blank(self, key: Hashable, patches: int) -> ImagePatches:
+        pixels = np.zeros((patches, self._vision.layout.features), np.uint8)
+        return ImagePatches(pixels, self._data.grids[key], str(key))
 
     def _tell(self, key: Hashable, reason: str) -> None:
         with self._lock:
@@ -173,10 +181,16 @@ class PackedDataset:
         examples = self._examples(self._plan[step])
         (groups, prefixes), cells, _ = self._place(self._plan[step])
         broken: set[Hashable] = set()
-        images = {key: self._read(key, broken) for cell in cells for row in cell.vision for key in row}
+        mine = {key for cell in self._own for row in cells[cell].vision for key in row}
+        images = {
+            key: self._read(key, broken) if key in mine else self._blank(key, 0)
+            for cell in cells
+            for row in cell.vision
+            for key in row
+        }
         if broken:
             examples = [e._replace(weight=0.0) if broken.intersection(e.images) else e for e in examples]
-        return pack(examples, images, groups, prefixes, cells, self.shape, self._vision)
+        return pack(examples, images, groups, prefixes, cells, self.shape, self._vision, mine=self._own)
 
     def record_ids(self, step: int) -> list[str]:
         """Ids of the records of a step, in the order that `PackedBatch.record` indexes."""

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ from multitap_jax.data.packing import Example
 from multitap_jax.data.prompts import Encoded, Prompter, PromptError
 from multitap_jax.data.records import Record, Rejected
 from multitap_jax.files import file_hash
+from multitap_jax.parallel.distributed import divided
 
 AT_ONCE = 1024  # files handed to the threads at a time: millions of them need no list of futures
 
@@ -123,7 +123,10 @@ def _too_long(pair: Example, grids: Sequence[Grid], vision: Vision, max_length: 
 def _check(
     files: Iterable[Path], reader: ImageReader, advance: Callable[[int], None]
 ) -> tuple[dict[Path, tuple[str, Grid]], dict[Path, str]]:
-    """Key and grid of each file that holds a whole picture, and what is wrong with each other one."""
+    """Key and grid of each file that holds a whole picture, and what is wrong with each other one.
+
+    Each of several processes looks at its share of the files.
+    """
 
     def look(path: Path) -> tuple[str, Grid] | str:
         try:
@@ -131,15 +134,21 @@ def _check(
         except (ImageError, OSError) as error:
             return str(error)
 
+    def look_at_all(share: Sequence[Path]) -> list[tuple[str, Grid] | str]:
+        found: list[tuple[str, Grid] | str] = []
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="check") as pool:
+            for first in range(0, len(share), AT_ONCE):
+                for result in pool.map(look, share[first : first + AT_ONCE]):
+                    found.append(result)
+                    advance(1)
+        return found
+
     good: dict[Path, tuple[str, Grid]] = {}
     broken: dict[Path, str] = {}
-    rest = iter(files)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="check") as pool:
-        while part := list(islice(rest, AT_ONCE)):
-            for path, result in zip(part, pool.map(look, part), strict=True):
-                if isinstance(result, str):
-                    broken[path] = result
-                else:
-                    good[path] = result
-                advance(1)
+    paths = list(files)
+    for path, result in zip(paths, divided(paths, look_at_all), strict=True):
+        if isinstance(result, str):
+            broken[path] = result
+        else:
+            good[path] = result[0], tuple(result[1])
     return good, broken

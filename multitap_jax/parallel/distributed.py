@@ -1,40 +1,163 @@
-"""Processes of one run: how they find each other, and agree on a decision."""
+"""Processes of one run: how they find each other, what they tell each other, and how they end."""
 
+import json
 import os
+import re
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from multitap_jax.parallel import watchdog
+from multitap_jax.parallel.clusters import Place, find_place
 
-def initialize(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
-    """Joins the processes of a run; does nothing unless asked to.
+Item = TypeVar("Item")
+TIMEOUT = 300  # seconds in which all processes of a run have to come
+HEARTBEAT = 100  # seconds without a sign of life after which a process counts as dead, and the run as over
+LOST = 76  # exit code (EX_PROTOCOL of sysexits.h) of a process that had to end because another did
+_OF_ANOTHER = re.compile(r"Gloo|NCCL|RCCL|closed by peer|reset by peer|coordination service", re.IGNORECASE)
+_MARGIN = 60  # by which JAX waits longer than we do: it aborts without a word on what to check
 
-    Asked to is: a coordinator is given, or MULTITAP_COORDINATOR is set ("auto" leaves all three values to JAX's own
-    detection of Slurm, Cloud TPU and Kubernetes). MULTITAP_NUM_PROCESSES and MULTITAP_PROCESS_ID give the other two.
+
+class RendezvousError(RuntimeError):
+    """The processes of a run did not find each other; the message says who waited for whom, and what to check."""
+
+
+def initialize(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    timeout: float = TIMEOUT,
+    heartbeat: float = HEARTBEAT,
+    saves_on_sigterm: bool = False,
+) -> Place | None:
+    """Joins the processes of a run; does nothing unless a coordinator is named (`clusters.find_place`).
+
+    Must be called before anything else of JAX.
 
     Args:
-      coordinator: HOST:PORT of process 0, or "auto".
-      num_processes: processes of the run.
-      process_id: this process, from 0.
+      coordinator, num_processes, process_id: see `find_place`.
+      timeout: seconds in which all processes have to come.
+      heartbeat: seconds without a sign of life after which a process counts as dead; all others then end.
+      saves_on_sigterm: whether the caller asks `multihost_utils.reached_preemption_sync_point` at every step; otherwise
+        SIGTERM ends a process as it always does.
 
     Raises:
-      ValueError: a coordinator without the number of processes or without this process's id.
+      ValueError: see `find_place`.
+      RendezvousError: process 0 cannot be reached within `timeout`, or its port is taken. A process 0 whose others do
+        not come says so and exits with 1: JAX's wait for them cannot be interrupted.
     """
-    coordinator = coordinator or os.environ.get("MULTITAP_COORDINATOR")
-    if not coordinator:
-        return
-    if coordinator == "auto":
-        jax.distributed.initialize()
-        return
-    count = num_processes if num_processes is not None else os.environ.get("MULTITAP_NUM_PROCESSES")
-    index = process_id if process_id is not None else os.environ.get("MULTITAP_PROCESS_ID")
-    if count is None or index is None:
-        raise ValueError(
-            f"coordinator {coordinator} is given, so are needed: MULTITAP_NUM_PROCESSES (is {count}) and "
-            f"MULTITAP_PROCESS_ID (is {index}); or set MULTITAP_COORDINATOR=auto"
+    place = find_place(coordinator, num_processes, process_id, os.environ)
+    if place is None:
+        return None
+    print(f"multitap: {place}", file=sys.stderr, flush=True)
+    deadline = time.monotonic() + timeout
+    if place.coordinator:
+        if place.process == 0:
+            _check_port(place)
+        else:
+            _reach(place, deadline, timeout)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # not read on other devices
+    jax.config.update("jax_enable_preemption_service", saves_on_sigterm)  # it takes SIGTERM for itself
+    alarm = threading.Timer(max(deadline - time.monotonic(), 0), _give_up, (place, timeout))
+    alarm.daemon = True
+    alarm.start()
+    try:
+        jax.distributed.initialize(
+            place.coordinator or None,
+            place.processes or None,
+            place.process if place.coordinator else None,
+            local_device_ids=place.local_devices,
+            cluster_detection_method=place.method,
+            initialization_timeout=int(timeout + _MARGIN),
+            heartbeat_timeout_seconds=int(heartbeat),
         )
-    jax.distributed.initialize(coordinator, int(count), int(index))
+    finally:
+        alarm.cancel()
+    return place
+
+
+def _check_port(place: Place) -> None:
+    port = int(place.coordinator.rpartition(":")[2])
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise RendezvousError(
+                f"process 0 cannot listen on port {port} ({error.strerror}); an earlier run may still hold it: end "
+                "that, or give all processes another port"
+            ) from error
+
+
+def _reach(place: Place, deadline: float, timeout: float) -> None:
+    """Waits until somebody listens where process 0 should be."""
+    host, _, port = place.coordinator.rpartition(":")
+    while True:
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=5):
+                return
+        except OSError as error:
+            why = error.strerror or str(error)
+        if time.monotonic() >= deadline:
+            raise RendezvousError(
+                f"process {place.process} of {place.processes} waited {timeout:g} s for process 0 at "
+                f"{place.coordinator} in vain ({why}). Check that process 0 runs, that this is its address as this "
+                "machine can reach it (no firewall between, the port the same for all), and that it has process_id 0"
+            )
+        time.sleep(min(1.0, max(deadline - time.monotonic(), 0.05)))
+
+
+def _give_up(place: Place, timeout: float) -> None:
+    if not place.coordinator:
+        said = f"waited {timeout:g} s, and not all of the processes that {place.how} knows of have come"
+    elif place.process == 0:
+        others = ", ".join(map(str, range(1, min(place.processes, 4)))) + (", ..." if place.processes > 4 else "")
+        said = f"process 0 waited {timeout:g} s at {place.coordinator} for process {others}, and not all have come"
+    else:
+        said = f"process {place.process} reached {place.coordinator}, but others have not come within {timeout:g} s"
+    count = f" ({place.processes})" if place.processes else ""
+    print(
+        f"multitap: {said}. Check that NUM_PROCESSES{count} is what was really started, that no two have one "
+        "PROCESS_ID, that all were given one coordinator and reach its address and port, and the logs of the others",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
+
+
+def leave(code: int, error: BaseException | None = None, explained: bool = True) -> int:
+    """The exit code of a process that failed; one of several ends here, at once, and the others with it.
+
+    They may wait for it in a collective, so it must not wait for them, as JAX would at a regular exit.
+
+    Args:
+      code: of the exit; `LOST` is put in its place where the error is but the echo of another process's end.
+      error: what went wrong.
+      explained: whether the user was told; otherwise its traceback is printed, since nobody will be there to do it.
+    """
+    if not jax.distributed.is_initialized():
+        return code
+    name = f"process {jax.process_index()} of {jax.process_count()}"
+    if error is not None and _OF_ANOTHER.search(str(error)):
+        first = str(error).partition("\n")[0]
+        code, why = LOST, f"{name} lost another process, whose log says why that one ended ({first})"
+    else:
+        why = f"{name} failed, and the run with it"
+        if error is not None and not explained:
+            traceback.print_exception(error)
+    print(f"multitap: {why}. The same command, given to all, goes on where the run was saved", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def is_main_process() -> bool:
@@ -42,18 +165,65 @@ def is_main_process() -> bool:
     return jax.process_index() == 0
 
 
-def agree(stop: bool, save: bool) -> tuple[bool, bool]:
-    """One answer for all processes: stop if any of them wants to, save if process 0 does (clocks differ).
-
-    Collective: every process must call it at the same step.
-    """
-    if jax.process_count() == 1:
-        return stop, save
-    answers = np.asarray(multihost_utils.process_allgather(np.asarray([stop, save], np.int32)))
-    return bool(answers[:, 0].any()), bool(answers[0, 1])
-
-
 def barrier(name: str) -> None:
     """Waits for all processes."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def from_main(value: Any) -> Any:
+    """What process 0 gives, on every process; anything JSON. Collective."""
+    if jax.process_count() == 1:
+        return value
+    return json.loads(_broadcast(json.dumps(value).encode(), source=0))
+
+
+def from_each_process(content: bytes) -> list[bytes]:
+    """What each process gives, on every process, in the order of the processes. Collective; one at a time travels."""
+    return [_broadcast(content, source=process) for process in range(jax.process_count())]
+
+
+def divided(items: Sequence[Item], work: Callable[[Sequence[Item]], list[Any]]) -> list[Any]:
+    """work(items), of which each process does a share; one JSON result an item. Collective."""
+    index, count = jax.process_index(), jax.process_count()
+    if count == 1:
+        return work(items)
+    parts = [json.loads(part) for part in from_each_process(json.dumps(work(items[index::count])).encode())]
+    return [parts[place % count][place // count] for place in range(len(items))]
+
+
+def _broadcast(content: bytes, source: int) -> bytes:
+    if jax.process_count() == 1:
+        return content
+    mine = jax.process_index() == source
+    size = int(multihost_utils.broadcast_one_to_all(np.array([len(content)], np.int32), is_source=mine)[0])
+    own = np.frombuffer(content, np.uint8) if mine else np.zeros(size, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(own, is_source=mine)).astype(np.uint8).tobytes()
+
+
+def sum_over_processes(value: np.ndarray, shared: bool) -> np.ndarray:
+    """The float64 sum of an array over all processes, the same bits on each. Collective where `shared`."""
+    if not shared:
+        return value
+    parts = multihost_utils.process_allgather(np.ascontiguousarray(value, np.float64).view(np.uint32))
+    return np.asarray(parts).view(np.float64).sum(0).reshape(value.shape)
+
+
+def whole(x: jax.Array) -> np.ndarray:
+    """An array on the host of every process, wherever its parts are. Collective where they are elsewhere."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def wait_until(done: Callable[[], bool], progress: Callable[[], Any] = lambda: None, pause: float = 0.1) -> None:
+    """Looks again and again until what other processes do is done; each change of `progress` is one.
+
+    For waits that may be long: a collective would hold the devices, and give up after its own time.
+    """
+    before = progress()
+    while not done():
+        time.sleep(pause)
+        if (now := progress()) != before:
+            before = now
+            watchdog.beat("waiting for the other processes")

@@ -120,6 +120,12 @@ def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def own_shards(mesh: Mesh) -> list[int]:
+    """Which of the `batch_shards` parts lie on devices of this process; along `tensor` several processes hold one."""
+    places = batch_sharding(mesh).addressable_devices_indices_map((batch_shards(mesh),))
+    return sorted({place[0].start or 0 for place in places.values()})  # type: ignore[index]
+
+
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Placement of every array of a batch: its leading dimension over `BATCH_AXES`."""
     return NamedSharding(mesh, P(BATCH_AXES))
@@ -133,24 +139,27 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
 def shard_batch(batch: PackedBatch, mesh: Mesh) -> PackedBatch:
     """Puts a batch on the mesh; every process gives the same whole batch and uploads only its devices' rows.
 
+    `patches` may be the vision rows of `own_shards` alone: nobody else reads these pictures.
+
     Raises:
       ConfigError: rows or vision rows are not a multiple of `batch_shards(mesh)`.
     """
     shards, sharding = batch_shards(mesh), batch_sharding(mesh)
-    for name, size in (("rows", len(batch.tokens)), ("vision rows", len(batch.patches))):
+    for name, size in (("rows", len(batch.tokens)), ("vision rows", len(batch.patch_segment))):
         if size % shards:
             raise ConfigError(
                 f"a batch of {size} {name} cannot be split over data x fsdp = {shards} devices; build the dataset with "
                 f"a multiple of {shards} cells, or change config.mesh"
             )
 
-    def put(x: Any) -> jax.Array:
+    def put(x: Any, rows: int) -> jax.Array:
         host = np.asarray(x)
         if jax.process_count() > 1:
-            return jax.make_array_from_process_local_data(sharding, host, host.shape)
+            return jax.make_array_from_process_local_data(sharding, host, (rows, *host.shape[1:]))
         return jax.device_put(host, sharding)
 
-    return PackedBatch(*map(put, batch))
+    whole = batch._replace(patches=batch.patch_segment)
+    return PackedBatch(*(put(x, len(y)) for x, y in zip(batch, whole, strict=True)))
 
 
 def param_spec(name: str, axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:

@@ -18,6 +18,7 @@ from safetensors.numpy import save as tensors_to_bytes
 from multitap_jax.data.processing import Contract
 from multitap_jax.families import read_config
 from multitap_jax.files import file_hash, json_bytes, write_atomic
+from multitap_jax.parallel.distributed import barrier, is_main_process, whole
 from multitap_jax.reward import RewardHead, RewardModel
 from multitap_jax.scoring.manifest import (
     HEADS,
@@ -39,7 +40,7 @@ from multitap_jax.scoring.saving import (
 from multitap_jax.stage2.head import RidgeHead
 from multitap_jax.weights.files import stored_tensors
 from multitap_jax.weights.hashing import ReadAlong, file_tensor_hash, folder_hash
-from multitap_jax.weights.hub import load_backbone, save_backbone, unused_tensors
+from multitap_jax.weights.hub import export_tensors, load_backbone, save_backbone, unused_tensors
 from multitap_jax.weights.sources import local_folder
 from multitap_jax.weights.stored import read_header
 
@@ -118,7 +119,7 @@ class Artefact:
         dtype: jax.typing.DTypeLike | None = None,
         overwrite: bool = False,
     ) -> "Artefact":
-        """Writes an artefact: whole, or not at all.
+        """Writes an artefact: whole, or not at all. All processes of a run must call it; the first one writes.
 
         Args:
           folder: where to; must be empty or absent, or, with `overwrite`, hold an artefact.
@@ -137,12 +138,18 @@ class Artefact:
         """
         base = Path(base)
         check_same_model(model, base)
+        head = RewardHead.from_arrays(whole(model.head.weight[...]), whole(model.head.bias[...]))
+        if not is_main_process():
+            for _ in export_tensors(model.backbone):  # its part in bringing each tensor together
+                pass
+            barrier("artefact")
+            return cls.open(folder)
 
         def write_weights(new: Path) -> None:
             save_backbone(model.backbone, new, dtype=dtype, extra=unused_tensors(base))
 
         contents = Contents(
-            head=model.head,
+            head=head,
             ridge=ridge,
             objectives=objectives,
             config=base,
@@ -153,7 +160,9 @@ class Artefact:
             revision=revision,
             provenance=provenance or {},
         )
-        return cls(Path(folder), write_artefact(Path(folder), contents, write_weights, overwrite=overwrite))
+        manifest = write_artefact(Path(folder), contents, write_weights, overwrite=overwrite)
+        barrier("artefact")
+        return cls(Path(folder), manifest)
 
     @classmethod
     def load(

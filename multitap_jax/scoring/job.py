@@ -4,12 +4,17 @@ The output is its own journal. Lines are appended in input order, a window at a 
 next window starts; a restart cuts off what is torn, checks the ids of the lines that are whole against the input, and
 goes on after them. `OUTPUT.job.json` beside it says what is being scored with what, so that another input or another
 model can never continue a file. `OUTPUT.rejected.jsonl` repeats the lines that have no score, with the reason.
+
+Of several processes each scores its share of the windows, and the first writes all three files (`parts.py`); what it
+has not yet come to waits in `OUTPUT.parts/`. Any number of processes may go on with the job of any other.
 """
 
 import dataclasses
+import functools
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
@@ -18,7 +23,10 @@ import numpy as np
 
 from multitap_jax.data.records import Record, Rejected, iter_records
 from multitap_jax.data.tables import find_records_file
+from multitap_jax.files import canonical_hash
+from multitap_jax.parallel.distributed import from_main, is_main_process
 from multitap_jax.scoring.journal import JobError, Journal, input_fingerprint, sidecar_of
+from multitap_jax.scoring.parts import Block, Parts
 from multitap_jax.scoring.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -149,37 +157,65 @@ def score_file(
         "model": scorer.fingerprint,
         "settings": {**scorer.settings, "truncate": truncate, "allow_outside_root": allow_outside_root},
     }
-    notes = {"checkpoint": scorer.checkpoint, "trained_on": scorer.trained_on}
-    with Journal(output, identity, notes) as journal:
-        finished = journal.finished()
-        tally, resumed = _Tally(**(finished or {})), 0
-        if finished is None:
-            items = iter_records(source, allow_outside_root=allow_outside_root)
-            with journal.disk_errors():
-                rejects = rejected_file.open("w", encoding="utf-8")
-            with rejects:
-                _record(tally, journal.replay(items), rejects, journal)
-                resumed = tally.lines
-                total = _count_lines(source) if show_progress else None
-                with progress_bar(total, resumed, enabled=show_progress) as advance:
-                    while batch := list(islice(items, window)):
-                        _judge(tally, max_rejected, rejected_file, final=False)
-                        lines = _score_window(scorer, batch, truncate)
-                        journal.append(lines)
-                        _record(tally, zip(batch, lines, strict=True), rejects, journal)
-                        advance(len(lines))
-            journal.finish(dataclasses.asdict(tally))
+    parts: Parts[Record | Rejected] = Parts(
+        output.with_name(output.name + ".parts"), canonical_hash([identity, window]), window
+    )
+    items = iter_records(source, allow_outside_root=allow_outside_root)
+    tally, resumed = _Tally(), None
+
+    def work(block: Block[Record | Rejected]) -> list[dict[str, Any]]:
+        _judge(tally, max_rejected, rejected_file, final=False)
+        return _score_window(scorer, block.items, truncate)
+
+    if is_main_process():
+        with Journal(output, identity, {"checkpoint": scorer.checkpoint, "trained_on": scorer.trained_on}) as journal:
+            total = _count_lines(source) if show_progress else None
+            bar = functools.partial(progress_bar, total, enabled=show_progress)
+            resumed = _write(journal, rejected_file, items, parts, work, tally, bar)
+    elif (start := parts.begin()) is not None:
+        parts.follow(islice(items, start, None), start, work)
+    found, resumed = from_main([dataclasses.asdict(tally), resumed])
+    tally = _Tally(**found)
     _judge(tally, max_rejected, rejected_file, final=True)
     return JobSummary(
         lines=tally.lines,
         rejected=tally.rejected,
-        resumed=resumed if finished is None else tally.lines,
+        resumed=tally.lines if resumed is None else resumed,
         truncated=tally.truncated,
         seconds=time.monotonic() - began,
         output=output,
         rejected_file=rejected_file,
-        already_complete=finished is not None,
+        already_complete=resumed is None,
     )
+
+
+def _write(
+    journal: Journal,
+    rejected_file: Path,
+    items: Iterator[Record | Rejected],
+    parts: Parts[Record | Rejected],
+    work: Callable[[Block[Record | Rejected]], list[dict[str, Any]]],
+    tally: _Tally,
+    bar: Callable[[int], AbstractContextManager[Callable[[int], None]]],
+) -> int | None:
+    """What the first process does; returns how many lines were there, None where nothing was left to do."""
+    if (finished := journal.finished()) is not None:
+        vars(tally).update(finished)
+        parts.begin()
+        return None
+    with journal.disk_errors():
+        rejects = rejected_file.open("w", encoding="utf-8")
+    with rejects:
+        _record(tally, journal.replay(items), rejects, journal)
+        resumed = tally.lines
+        parts.begin(resumed)
+        with bar(resumed) as advance:
+            for block, lines in parts.in_order(items, resumed, work):
+                journal.append(lines)
+                _record(tally, zip(block.items, lines, strict=True), rejects, journal)
+                advance(len(lines))
+    journal.finish(dataclasses.asdict(tally))
+    return resumed
 
 
 def _score_window(scorer: SupportsScore, items: Sequence[Record | Rejected], truncate: bool) -> list[dict[str, Any]]:

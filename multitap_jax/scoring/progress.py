@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from multitap_jax.parallel import watchdog
+
 
 class _Rate(ProgressColumn):
     def __init__(self, unit: str):
@@ -25,7 +27,7 @@ def progress_bar(
 ) -> Iterator[Callable[[int], None]]:
     """Yields `advance(items)`; draws nothing where not enabled. `done` items count as there, not as fast."""
     if not enabled:
-        yield lambda items: None
+        yield lambda items: watchdog.beat(label)
         return
     columns = (
         TextColumn(label),
@@ -36,4 +38,9 @@ def progress_bar(
     )
     with Progress(*columns, console=Console(file=sys.stderr)) as progress:
         task = progress.add_task(label, total=total, completed=done)
-        yield lambda items: progress.advance(task, items)
+
+        def advance(items: int) -> None:
+            watchdog.beat(label)
+            progress.advance(task, items)
+
+        yield advance

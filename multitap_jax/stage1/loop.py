@@ -13,13 +13,15 @@ from typing import Protocol
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from multitap_jax.batch import PackedBatch
 from multitap_jax.checkpoint import Checkpoints, SavePolicy
 from multitap_jax.config import TrainConfig
 from multitap_jax.flops import Work
-from multitap_jax.parallel.distributed import agree
+from multitap_jax.parallel import watchdog
+from multitap_jax.parallel.distributed import from_main
 from multitap_jax.parallel.mesh import shard_batch
 from multitap_jax.stage1.metrics import MetricsLog, Recorder, agreement
 from multitap_jax.stage1.profiling import Profile
@@ -28,7 +30,7 @@ from multitap_jax.stage1.step import Metrics, TrainState
 
 
 class Dataset(Protocol):
-    """What the loop needs of `PackedDataset`. Every process gets the same whole batches, all of one shape."""
+    """What the loop needs of `PackedDataset`: in every process the same batches, of one shape, but for `patches`."""
 
     num_steps: int
     fingerprint: str
@@ -63,7 +65,7 @@ class Loop:
     dataset: Dataset
     eval_dataset: Dataset | None
     train_step: Callable[[TrainState, nnx.State, PackedBatch], tuple[TrainState, Metrics]]
-    eval_step: Callable[[nnx.State, nnx.State, PackedBatch], jax.Array]
+    eval_step: Callable[[nnx.State, nnx.State, PackedBatch], tuple[jax.Array, jax.Array, jax.Array]]
     frozen: nnx.State
     checkpoints: Checkpoints
     policy: SavePolicy
@@ -74,17 +76,22 @@ class Loop:
     count: Callable[[PackedBatch], Work]
     check: Callable[[], None]
 
-    def run(self, step: int, state: TrainState, asked_to_stop: threading.Event) -> tuple[int, TrainState]:
-        """Goes on after `step` steps until all are done or somebody asks to stop; the last state is saved."""
+    def run(self, step: int, state: TrainState, asked_to_stop: Callable[[int], bool]) -> tuple[int, TrainState]:
+        """Goes on after `step` steps until all are done or somebody asks to stop; the last state is saved.
+
+        `asked_to_stop` comes from `sigterm`.
+        """
         total, start, batches = self.dataset.num_steps, step, self.dataset.loader(step)
         while True:
             done = step >= total
-            stop, timed = self._agree(step, asked_to_stop.is_set() and not done, done)
+            watchdog.beat(f"step {step}")
+            stop, timed = asked_to_stop(step) and not done, self._time_to_save(step)
             judged = not stop and self._judge(step, state, done)
             if stop or done or timed or (judged and self.config.checkpoint.keep_best) or self.policy.due_by_step(step):
                 self.recorder.settle()
                 self.checkpoints.save(step, state, self._goodness(step))
                 self.policy.saved()
+                watchdog.beat(f"the save of step {step}")
             if stop or done:
                 return step, state
             batch = next(batches)
@@ -102,12 +109,11 @@ class Loop:
                 self.log.add(step, **line)
                 self.display.numbers(step, line)
 
-    def _agree(self, step: int, stop: bool, done: bool) -> tuple[bool, bool]:
-        """Whether to stop and whether it is time to save; processes ask each other only now and then."""
-        timed = self.policy.due_by_time()
-        if jax.process_count() > 1 and step % self.config.log_every and not done:
-            return False, False
-        return agree(stop, timed)
+    def _time_to_save(self, step: int) -> bool:
+        """By the clock of process 0, which the others ask only now and then: clocks differ, and asking takes time."""
+        if jax.process_count() > 1 and step % self.config.log_every:
+            return False
+        return from_main(self.policy.due_by_time())
 
     def _judge(self, step: int, state: TrainState, done: bool) -> bool:
         """Evaluates the state on held-out pairs if that is due and was not done before; whether it was."""
@@ -119,10 +125,11 @@ class Loop:
         with self.recorder.paused():
             scores, targets = [], []
             for batch in self.eval_dataset.loader():
-                logits = self.eval_step(state.trainable, self.frozen, shard_batch(batch, self.mesh))
-                counted = np.asarray(batch.weight) > 0
-                scores.append(1 / (1 + np.exp(-np.asarray(logits, np.float32)[counted].astype(np.float64))))
-                targets.append(np.asarray(batch.target)[counted])
+                found = self.eval_step(state.trainable, self.frozen, shard_batch(batch, self.mesh))
+                logits, target, weight = (np.asarray(x) for x in found)
+                scores.append(1 / (1 + np.exp(-logits[weight > 0].astype(np.float64))))
+                targets.append(target[weight > 0])
+                watchdog.beat(f"an evaluation after step {step}")
             numbers = agreement(np.concatenate(scores), np.concatenate(targets))
         self.log.add(step, evaluation=numbers)
         self.display.say(f"step {step}/{self.dataset.num_steps}  held out: {brief(numbers)}")
@@ -138,14 +145,22 @@ class Loop:
 
 
 @contextlib.contextmanager
-def sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets; outside of the main thread, where Python cannot listen, it is never set."""
+def sigterm() -> Iterator[Callable[[int], bool]]:
+    """Yields what says at each step whether SIGTERM came, to this or any other process.
+
+    All processes must ask at every step, and get the same answer at the same one. JAX itself listens where there are
+    several (`distributed.initialize(saves_on_sigterm=True)`). Outside of the main thread, where Python cannot listen,
+    the answer is always no.
+    """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
     received = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield received
+        yield lambda step: False
         return
     before = signal.signal(signal.SIGTERM, lambda *_: received.set())
     try:
-        yield received
+        yield lambda step: received.is_set()
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -21,29 +21,32 @@ class Rejects:
       file: `rejected.jsonl`.
       max_rejected: share of the records of a file above which the run stops.
       resumed: whether the file is of an earlier part of this run; otherwise it begins empty.
-      write: False in all processes but the first.
+      process: which one this is, of several. What all of them know from the start, the first writes; what one finds
+        later while it reads its pictures, it writes itself: those after the first to `rejected-PROCESS.jsonl`.
     """
 
-    def __init__(self, file: Path, max_rejected: float, *, resumed: bool, write: bool = True):
-        self._file, self._max_rejected, self._write = file, max_rejected, write
-        self._kept = dict.fromkeys(read_rejected(file) if resumed else [])
+    def __init__(self, file: Path, max_rejected: float, *, resumed: bool, process: int = 0):
+        self._main = process == 0
+        self._file = file if self._main else file.with_name(f"{file.stem}-{process}{file.suffix}")
+        self._max_rejected = max_rejected
+        self._kept = dict.fromkeys(read_rejected(self._file) if resumed else [])
         self._sources: dict[Path, tuple[int, dict[Rejected, None]]] = {}
         self._lock = threading.Lock()
-        if write:
+        if self._main:
             write_rejected(file, self._kept)
 
     def open(self, source: Path, total: int) -> None:
         """Announces a records file with `total` records, good or not."""
         self._sources[source] = (total, {})
 
-    def add(self, source: Path, rejected: Iterable[Rejected]) -> None:
-        """Takes what was found wrong in `source`, which was announced before."""
+    def add(self, source: Path, rejected: Iterable[Rejected], *, by_all: bool = True) -> None:
+        """Takes what was found wrong in `source`, which was announced before, by all processes or by this one alone."""
         with self._lock:
             found = [item for item in rejected if item not in self._sources[source][1]]
             self._sources[source][1].update(dict.fromkeys(found))
             new = [item for item in found if item not in self._kept]
             self._kept.update(dict.fromkeys(new))
-            if new and self._write:
+            if new and (self._main or not by_all):
                 with self._file.open("a", encoding="utf-8") as file:
                     file.writelines(json.dumps(asdict(item)) + "\n" for item in new)
 

@@ -1,5 +1,6 @@
 """A stage-1 run from files to artefact: records -> packed datasets -> model on a mesh -> loop -> saved artefact."""
 
+import contextlib
 import dataclasses
 import json
 import signal
@@ -20,7 +21,7 @@ from multitap_jax.families import read_config
 from multitap_jax.files import sole_writer
 from multitap_jax.parallel.distributed import is_main_process
 from multitap_jax.parallel.host import keep_compiled_programs
-from multitap_jax.parallel.mesh import make_mesh, param_shardings
+from multitap_jax.parallel.mesh import batch_shards, make_mesh, own_shards, param_shardings
 from multitap_jax.reward import RewardHead, RewardModel
 from multitap_jax.scoring.artefact import Artefact
 from multitap_jax.scoring.manifest import MANIFEST, Overall
@@ -54,8 +55,9 @@ def run_training(config: TrainConfig, workdir: str | Path) -> RunResult:
       CheckpointError: the run in `workdir` is another one; also where its branch of the hub has moved meanwhile.
       FolderInUseError: another run is writing into `workdir`.
     """
-    with sole_writer(Path(workdir)):
-        return _run(config, Path(workdir), Console(stderr=True))
+    main = is_main_process()
+    with sole_writer(Path(workdir)) if main else contextlib.nullcontext():
+        return _run(config, Path(workdir), Console(stderr=True, quiet=not main))
 
 
 def _run(config: TrainConfig, workdir: Path, console: Console) -> RunResult:
@@ -73,16 +75,13 @@ def _run(config: TrainConfig, workdir: Path, console: Console) -> RunResult:
         workdir / REJECTED_NAME,
         config.data.max_rejected,
         resumed=any((workdir / CHECKPOINTS).glob("[0-9]*")),
-        write=is_main_process(),
+        process=jax.process_index(),
     )
     train_records, held_out = _records(config, rejects)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
     model = _model(config, base, mesh)
     hidden = model.backbone.config.text.hidden_size
-    dataset = _dataset(config, processing, train_records, hidden, rejects, cells=shards * config.accumulation)
-    evaluation = (
-        _dataset(config, processing, held_out, hidden, rejects, cells=shards, held_out=True) if held_out else None
-    )
+    dataset = _dataset(config, processing, train_records, hidden, rejects, mesh, config.accumulation)
+    evaluation = _dataset(config, processing, held_out, hidden, rejects, mesh, held_out=True) if held_out else None
     console.print(
         f"{len(train_records)} training and {len(held_out)} held-out pairs, {len(rejects)} rejected; "
         f"{dataset.num_steps} steps of {config.batch_size} pairs as {dataset.shape}, one compiled shape, "
@@ -161,12 +160,13 @@ def _dataset(
     records: list[Record],
     hidden: int,
     rejects: Rejects,
+    mesh: jax.sharding.Mesh,
+    accumulation: int = 1,
     *,
-    cells: int,
     held_out: bool = False,
 ) -> PackedDataset:
     source = find_records_file((config.data.evaluation if held_out else "") or config.data.train)
-    files = len({path for record in records for path in record.images})
+    files = -(-len({path for record in records for path in record.images}) // jax.process_count())  # of this process
     label = f"checking {'held-out' if held_out else 'training'} pictures"
     with progress_bar(files, enabled=is_main_process(), label=label, unit="pictures") as advance:
         prepared = prepare(
@@ -191,8 +191,9 @@ def _dataset(
         seed=config.seed,
         shuffle="none" if held_out else config.data.shuffle,
         row_length=config.data.row_length,
-        cells=cells,
-        on_failure=lambda broken: rejects.add(source, broken),
+        cells=batch_shards(mesh) * accumulation,
+        own=[shard * accumulation + part for shard in own_shards(mesh) for part in range(accumulation)],
+        on_failure=lambda broken: rejects.add(source, broken, by_all=False),
     )
 
 

@@ -185,12 +185,16 @@ def make_train_step(
 
 def make_eval_step(
     partition: Partition, execution: Execution, mesh: Mesh
-) -> Callable[[nnx.State, nnx.State, PackedBatch], jax.Array]:
-    """Compiles `step(trainable, frozen, batch) -> logits float32[B, K]`, on every device."""
+) -> Callable[[nnx.State, nnx.State, PackedBatch], tuple[jax.Array, jax.Array, jax.Array]]:
+    """Compiles `step(trainable, frozen, batch) -> logits, target, weight`, float32[B, K] each, on every device.
+
+    Target and weight are those of the batch: another process may know better which of its own pairs count.
+    """
     shards, execution = batch_shards(mesh), dataclasses.replace(execution, mesh=mesh)
 
-    def step(trainable: nnx.State, frozen: nnx.State, batch: PackedBatch) -> jax.Array:
+    def step(trainable: nnx.State, frozen: nnx.State, batch: PackedBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
         cells = jax.tree.map(lambda x: x[0], split_cells(batch, shards, 1, partition.block))
-        return join_cells(forward(nnx.merge(partition.graph, trainable, frozen), cells, execution)[None])
+        logits = join_cells(forward(nnx.merge(partition.graph, trainable, frozen), cells, execution)[None])
+        return logits, jnp.asarray(batch.target), jnp.asarray(batch.weight)
 
     return jax.jit(step, out_shardings=replicated(mesh))

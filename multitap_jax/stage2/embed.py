@@ -1,14 +1,16 @@
 """Streams records through a frozen model: into an embedding store, or straight into whatever consumes batches."""
 
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from multitap_jax.data.groups import Links
@@ -21,8 +23,10 @@ from multitap_jax.data.records import (
     write_rejected,
 )
 from multitap_jax.data.tables import find_records_file
-from multitap_jax.files import file_hash, sole_writer
+from multitap_jax.files import canonical_hash, file_hash, sole_writer
+from multitap_jax.parallel.distributed import divided, from_main, is_main_process
 from multitap_jax.scoring.journal import input_fingerprint
+from multitap_jax.scoring.parts import Block, Parts
 from multitap_jax.scoring.progress import progress_bar
 from multitap_jax.scoring.scorer import Scorer
 from multitap_jax.stage2.store import EmbeddingStore, EmbeddingWriter
@@ -30,6 +34,7 @@ from multitap_jax.stage2.store import EmbeddingStore, EmbeddingWriter
 WINDOW = 1024
 JUDGED_FROM = 1000  # lines from which a high share of rejected ones stops the run before its end
 REJECTED = "rejected.jsonl"
+PARTS = ".parts"
 
 
 class Embedded(NamedTuple):
@@ -68,7 +73,7 @@ def scan(path: str | Path, *, allow_outside_root: bool = False) -> tuple[int, tu
 def link_records(
     path: str | Path, *, allow_outside_root: bool = False, advance: Callable[[int], None] = lambda lines: None
 ) -> Callable[[Record], str]:
-    """Reads all records and pictures of a file once; the result names the group of each of its records.
+    """Reads all records and pictures of a file once; the result names the group of each of its records. Collective.
 
     Records with a common `group` or picture, directly or over others, have one group and stand in one cross-validation
     fold. Pictures are told by their bytes, so copies under other names are one. A group is named by the smallest of
@@ -82,10 +87,11 @@ def link_records(
     links, pictures = Links(), dict[Path, str]()
     items = iter_records(path, allow_outside_root=allow_outside_root)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="hash") as pool:
-        while window := list(islice(items, WINDOW)):
+        while window := list(islice(items, WINDOW * jax.process_count())):
             records = [item for item in window if isinstance(item, Record)]
             new = [file for file in dict.fromkeys(f for r in records for f in r.images) if file not in pictures]
-            pictures.update(zip(new, pool.map(_picture_label, new), strict=True))
+            labels = divided(new, lambda files: list(pool.map(_picture_label, files)))
+            pictures.update(zip(new, labels, strict=True))
             for record in records:
                 links.link(_labels(record, pictures))
             advance(len(window))
@@ -146,6 +152,9 @@ def embed_records(
 ) -> EmbedSummary:
     """Writes the embeddings of a records file to `folder`; resumes after the last finished shard.
 
+    A shard holds the usable ones of `shard_rows` records. Of several processes each writes its share of the shards, and
+    the first enters them into the manifest, in order; any number of processes may go on with the work of any other.
+
     Raises:
       RecordsError: for an unusable file, or when more than `max_rejected` of its lines are.
       StoreError: if `folder` holds embeddings of another model, file or set of objectives.
@@ -159,38 +168,105 @@ def embed_records(
         "outside_root": allow_outside_root,
         "groups": "by group and picture",
     }
-    with sole_writer(folder):
-        writer = EmbeddingWriter.open_or_resume(
-            folder,
-            hidden_size=scorer.hidden_size,
-            objectives=objectives,
-            model_hash=scorer.artefact.embedding_hash,
-            fingerprint=json.dumps(identity, sort_keys=True),
-            shard_rows=shard_rows,
-        )
-        rows, rejected = writer.rows_done, read_rejected(folder / REJECTED)
-        if writer.complete:
-            return EmbedSummary(rows, len(rejected), folder)
-        with writer:
-            items = iter_records(file, allow_outside_root=allow_outside_root)
-            done = _skip_to(items, EmbeddingStore(folder, allow_partial=True).ids[-1] if rows else None)
-            rejected = [r for r in rejected if r.line <= done.line]
-            with progress_bar(lines, enabled=show_progress, label="linking records", unit="records") as advance:
-                group_of = link_records(file, allow_outside_root=allow_outside_root, advance=advance)
-            with progress_bar(lines, done.items, enabled=show_progress, label="embedding") as advance:
-                for part in embed_stream(scorer, items, objectives, group_of):
-                    if part.rejected:
-                        rejected += part.rejected
-                        write_rejected(folder / REJECTED, rejected)
-                    writer.append(part.ids, part.embeddings, part.labels, part.groups)
-                    rows += len(part.ids)
-                    advance(len(part.ids) + len(part.rejected))
-                    if rows + len(rejected) >= JUDGED_FROM:
-                        check_rejected_share(file, rows, rejected, max_rejected)
-            write_rejected(folder / REJECTED, rejected)
+    settings = {
+        "hidden_size": scorer.hidden_size,
+        "objectives": objectives,
+        "model_hash": scorer.artefact.embedding_hash,
+        "fingerprint": json.dumps(identity, sort_keys=True),
+        "shard_rows": shard_rows,
+    }
+    parts: Parts[Record | Rejected] = Parts(folder / PARTS, canonical_hash(settings), shard_rows)
+    job = _Job(scorer, file, folder, settings, objectives, allow_outside_root, parts)
+    progress = functools.partial(progress_bar, lines, enabled=show_progress and is_main_process())
+    verdict = None
+    if is_main_process():
+        judge = lambda rows, rejected: check_rejected_share(file, rows, rejected, max_rejected)
+        with sole_writer(folder):
+            rows, found = job.lead(progress, judge)
+            verdict = [rows, [asdict(item) for item in found]]
+    elif (start := parts.begin()) is not None:
+        job.follow(start, progress)
+    rows, found = from_main(verdict)
+    rejected = [Rejected(**item) for item in found]
     # After the last shard is on disk: what was computed stays, whatever the verdict.
     check_rejected_share(file, rows, rejected, max_rejected)
     return EmbedSummary(rows, len(rejected), folder)
+
+
+@dataclass
+class _Job:
+    """What all processes of an embed job know, and what the first and the others do with it."""
+
+    scorer: Scorer
+    file: Path
+    folder: Path
+    settings: Mapping[str, Any]
+    objectives: tuple[str, ...]
+    allow_outside_root: bool
+    parts: Parts[Record | Rejected]
+
+    def lead(
+        self, progress: Callable[..., Any], judge: Callable[[int, list[Rejected]], None]
+    ) -> tuple[int, list[Rejected]]:
+        """Begins or goes on with the store, does its share, enters all shards; returns rows and rejected records."""
+        writer = EmbeddingWriter.open_or_resume(self.folder, **self.settings)
+        rejected = read_rejected(self.folder / REJECTED)
+        if writer.complete:
+            self.parts.begin()
+            return writer.rows_done, rejected
+        with writer:
+            items = self._items()
+            last = EmbeddingStore(self.folder, allow_partial=True).ids[-1] if writer.rows_done else None
+            done = _skip_to(items, last)
+            rejected = [r for r in rejected if r.line <= done.line]
+            self.parts.begin(done.items)
+            work = self._work(writer, progress)
+            with progress(done.items, label="embedding") as advance:
+                for block, result in self.parts.in_order(items, done.items, work, self._whole):
+                    if result["rejected"]:
+                        rejected += [Rejected(**item) for item in result["rejected"]]
+                        write_rejected(self.folder / REJECTED, rejected)
+                    writer.adopt(result["shard"])
+                    advance(len(block.items))
+                    if writer.rows_done + len(rejected) >= JUDGED_FROM:
+                        judge(writer.rows_done, rejected)
+            write_rejected(self.folder / REJECTED, rejected)
+        return writer.rows_done, rejected
+
+    def follow(self, start: int, progress: Callable[..., Any]) -> None:
+        """Does the share of another process than the first."""
+        writer = EmbeddingWriter.open_or_resume(self.folder, **self.settings)
+        self.parts.follow(islice(self._items(), start, None), start, self._work(writer, progress), self._whole)
+
+    def _items(self) -> Iterator[Record | Rejected]:
+        return iter_records(self.file, allow_outside_root=self.allow_outside_root)
+
+    def _work(
+        self, writer: EmbeddingWriter, progress: Callable[..., Any]
+    ) -> Callable[[Block[Record | Rejected]], dict[str, Any]]:
+        """What makes a shard of a block; collective, for all processes learn of all pictures."""
+        with progress(label="linking records", unit="records") as advance:
+            group_of = link_records(self.file, allow_outside_root=self.allow_outside_root, advance=advance)
+        self.parts.folder.mkdir(exist_ok=True)
+
+        def work(block: Block[Record | Rejected]) -> dict[str, Any]:
+            found = list(embed_stream(self.scorer, iter(block.items), self.objectives, group_of))
+            shard = writer.write_apart(
+                str(self._shard(block).relative_to(self.folder)),
+                [name for part in found for name in part.ids],
+                np.concatenate([part.embeddings for part in found]),
+                np.concatenate([part.labels for part in found]),
+                [group for part in found for group in part.groups],
+            )
+            return {"shard": shard, "rejected": [asdict(item) for part in found for item in part.rejected]}
+
+        return work
+
+    def _shard(self, block: Block[Record | Rejected]) -> Path:
+        return self.parts.path(block, ".safetensors")
+
+    def _whole(self, block: Block[Record | Rejected]) -> bool:
+        return self._shard(block).is_file()
 
 
 class _Done(NamedTuple):

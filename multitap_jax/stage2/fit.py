@@ -1,18 +1,23 @@
 """Fits ridge heads for all objectives and saves them in an artefact."""
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
+import jax
 import numpy as np
 from rich.console import Console
 
-from multitap_jax.data.records import check_rejected_share, iter_records
+from multitap_jax.data.records import Rejected, check_rejected_share, iter_records
 from multitap_jax.data.tables import find_records_file
+from multitap_jax.parallel.distributed import barrier, from_each_process, is_main_process
 from multitap_jax.scoring.artefact import Artefact
 from multitap_jax.scoring.manifest import Objective
+from multitap_jax.scoring.parts import blocks
 from multitap_jax.scoring.progress import progress_bar
 from multitap_jax.scoring.scorer import Scorer
-from multitap_jax.stage2.embed import embed_stream, link_records, scan
+from multitap_jax.stage2.embed import WINDOW, embed_stream, link_records, scan
 from multitap_jax.stage2.head import CRITERIA, RidgeHead
 from multitap_jax.stage2.store import EmbeddingStore
 
@@ -31,6 +36,13 @@ class Ranges:
         """Takes in ratings float32[n, T]; NaN is missing."""
         self._low = np.fmin(self._low, np.fmin.reduce(labels, axis=0, initial=np.inf))
         self._high = np.fmax(self._high, np.fmax.reduce(labels, axis=0, initial=-np.inf))
+
+    def over_all_processes(self) -> "Ranges":
+        """Itself, with what all processes have seen. Collective."""
+        parts = from_each_process(np.stack([self._low, self._high]).tobytes())
+        bounds = np.stack([np.frombuffer(part, np.float64).reshape(2, -1) for part in parts])
+        self._low, self._high = bounds[:, 0].min(0), bounds[:, 1].max(0)
+        return self
 
     def objectives(self, head: RidgeHead) -> list[Objective]:
         """The objectives as the artefact describes them."""
@@ -67,6 +79,8 @@ def make_head(alphas: Sequence[str | float], cv: str | int, selection: str) -> R
 def fit_store(head: RidgeHead, embeddings: str | Path, checkpoint: str | Path) -> Artefact:
     """Fits `head` to the embeddings of a store and saves it in the artefact `checkpoint`.
 
+    Of several processes each adds up its share of the shards, and the first saves.
+
     Raises:
       StoreError: unreadable, unfinished, without ratings, or embeddings of another model.
     """
@@ -80,7 +94,7 @@ def fit_store(head: RidgeHead, embeddings: str | Path, checkpoint: str | Path) -
     ranges = Ranges(store.objectives)
     for _, labels, _ in store.batches():
         ranges.update(labels)
-    head.fit_store(store)
+    head.fit_store(store, mesh=_mesh())
     return _save(head, artefact, ranges)
 
 
@@ -93,7 +107,10 @@ def fit_records(
     allow_outside_root: bool = False,
     show_progress: bool = True,
 ) -> Artefact:
-    """Embeds the records of a file and fits `head` to them on the way; saves it in the scorer's artefact."""
+    """Embeds the records of a file and fits `head` to them on the way; saves it in the scorer's artefact.
+
+    Of several processes each embeds its share of the records, and the first saves.
+    """
     file = find_records_file(path)
     lines, names = scan(file, allow_outside_root=allow_outside_root)
     _check_rated(names, file)
@@ -103,7 +120,9 @@ def fit_records(
 
     def parts(advance):
         nonlocal rows
-        records = iter_records(file, allow_outside_root=allow_outside_root)
+        index, count = jax.process_index(), jax.process_count()
+        every = blocks(iter_records(file, allow_outside_root=allow_outside_root), WINDOW)
+        records = (item for number, block in enumerate(every) if number % count == index for item in block.items)
         for part in embed_stream(scorer, records, names, group_of):
             advance(len(part.ids) + len(part.rejected))
             rejected.extend(part.rejected)
@@ -112,9 +131,16 @@ def fit_records(
             yield part.embeddings, part.labels, part.groups
 
     with progress_bar(lines, enabled=show_progress, label="embedding") as advance:
-        head.fit_stream(parts(advance), objective_names=names)
-    check_rejected_share(file, rows, rejected, max_rejected)
+        head.fit_stream(parts(advance), objective_names=names, mesh=_mesh())
+    found = [json.loads(part) for part in from_each_process(json.dumps([rows, list(map(asdict, rejected))]).encode())]
+    lost = [Rejected(**item) for _, items in found for item in items]
+    check_rejected_share(file, sum(count for count, _ in found), sorted(lost, key=lambda r: r.line), max_rejected)
     return _save(head, scorer.artefact, ranges)
+
+
+def _mesh() -> jax.sharding.Mesh | None:
+    """All devices where they belong to several processes, else the default device."""
+    return jax.make_mesh((jax.device_count(),), ("data",)) if jax.process_count() > 1 else None
 
 
 def _check_rated(names: Sequence[str], source: str | Path) -> None:
@@ -125,6 +151,9 @@ def _check_rated(names: Sequence[str], source: str | Path) -> None:
 
 
 def _save(head: RidgeHead, artefact: Artefact, ranges: Ranges) -> Artefact:
-    saved = artefact.add_ridge(head, ranges.objectives(head))
-    Console().print(head.summary())
-    return saved
+    objectives = ranges.over_all_processes().objectives(head)
+    if is_main_process():
+        artefact.add_ridge(head, objectives)
+        Console().print(head.summary())
+    barrier("heads saved")
+    return Artefact.open(artefact.folder)

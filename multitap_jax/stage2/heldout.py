@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import scipy.stats
 
+from multitap_jax.parallel.distributed import from_each_process, sum_over_processes
 from multitap_jax.stage2 import kfold, leave_out
 from multitap_jax.stage2.accumulator import Accumulator
 from multitap_jax.stage2.kfold import FoldScore
 from multitap_jax.stage2.leave_out import Pass
 from multitap_jax.stage2.refine import weights_of
 from multitap_jax.stage2.rows import DataError, Rows, concatenate
-from multitap_jax.stage2.sharded import from_each_process, sum_over_processes
 from multitap_jax.stage2.spectrum import Dual, Eigen
 from multitap_jax.stage2.systems import System
 

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from multitap_jax.parallel.distributed import sum_over_processes
 from multitap_jax.stage2.rows import Rows
-from multitap_jax.stage2.sharded import sum_over_processes
 
 TOLERANCE = 1e-7  # error of the predictions, in standard deviations of the labels
 BLOCK_ROWS = 512  # rows in float64 at a time: they stay in the cache

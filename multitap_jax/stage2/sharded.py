@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -109,22 +108,3 @@ def _update_shard(moments: mm.Moments, x: Any, y: Any, weight: Any, *, split: st
     hi, lo = mm.add_pairs(moments.hi[0], moments.lo[0], products)
     count = moments.num_rows + jnp.sum(weight > 0, dtype=jnp.int32)
     return moments._replace(hi=hi[None], lo=lo[None], num_rows=count)
-
-
-def sum_over_processes(value: np.ndarray, shared: bool) -> np.ndarray:
-    """The float64 sum of an array over all processes, the same bits on each. Collective where `shared`."""
-    if not shared:
-        return value
-    parts = multihost_utils.process_allgather(np.ascontiguousarray(value, np.float64).view(np.uint32))
-    return np.asarray(parts).view(np.float64).sum(0).reshape(value.shape)
-
-
-def from_each_process(content: bytes) -> list[bytes]:
-    """What each process gives, on every process, in the order of the processes. Collective; one at a time travels."""
-    sizes = np.asarray(multihost_utils.process_allgather(np.array([len(content)], np.int32))).reshape(-1)
-    parts = []
-    for process, size in enumerate(sizes.tolist()):
-        own = np.frombuffer(content, np.uint8) if process == jax.process_index() else np.zeros(size, np.uint8)
-        sent = multihost_utils.broadcast_one_to_all(own, is_source=process == jax.process_index())
-        parts.append(np.asarray(sent).astype(np.uint8).tobytes())
-    return parts

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any, Protocol
 
-from multitap_jax.files import write_atomic
+from multitap_jax.files import sync_folder, write_atomic
 
 
 class Folder(Protocol):
@@ -29,6 +29,10 @@ class Folder(Protocol):
 
     def write(self, name: str, content: bytes) -> None:
         """Writes a file; a reader sees all of it or the file before."""
+        ...
+
+    def rename(self, name: str, new: str) -> None:
+        """Gives a file another name, in place of any that has it."""
         ...
 
 
@@ -59,6 +63,10 @@ class LocalFolder:
 
     def write(self, name: str, content: bytes) -> None:
         write_atomic(self._path / name, content)
+
+    def rename(self, name: str, new: str) -> None:
+        os.replace(self._path / name, self._path / new)
+        sync_folder(self._path)
 
 
 class RemoteFolder:
@@ -93,6 +101,9 @@ class RemoteFolder:
 
     def write(self, name: str, content: bytes) -> None:
         self._files.pipe_file(self._name(name), content)
+
+    def rename(self, name: str, new: str) -> None:
+        self._files.mv(self._name(name), self._name(new))
 
 
 def open_folder(path: str | Path) -> Folder:

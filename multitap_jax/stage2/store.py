@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -183,6 +183,26 @@ class EmbeddingWriter:
           StoreError: on a shape that does not fit, an embedding or label that is infinite, an embedding that is NaN,
             or more rows than `total`.
         """
+        embeddings, labels = self._checked(ids, embeddings, labels, groups)
+        n, total = len(ids), self._manifest["total"]
+        reached = self.rows_done + len(self._ids) + n
+        if self._manifest["complete"] or (total is not None and reached > total):
+            raise StoreError(
+                f"{self._folder}: {reached} rows, but the store is complete with {total or self.rows_done}"
+            )
+        self._ids += ids
+        self._groups += groups
+        self._embeddings.append(embeddings)
+        self._labels.append(labels)
+        while len(self._ids) >= self._shard_rows:
+            self._commit(self._shard_rows)
+        if reached == total:
+            self.close()
+
+    def _checked(
+        self, ids: Sequence[str], embeddings: np.ndarray, labels: np.ndarray, groups: Sequence[str]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Embeddings and labels in the types that are stored; see `append`."""
         embeddings = np.asarray(embeddings).astype(np.float32)
         labels = np.asarray(labels).astype(np.float32)
         n, hidden, objectives = len(ids), self._manifest["hidden_size"], self._manifest["objectives"]
@@ -194,34 +214,43 @@ class EmbeddingWriter:
         for name, bad in (("embedding", ~np.isfinite(embeddings)), ("labels", np.isinf(labels))):
             if bad.any():
                 raise StoreError(f"record {ids[int(np.argmax(bad.any(1)))]!r}: its {name} holds NaN or infinity")
-        total, reached = self._manifest["total"], self.rows_done + len(self._ids) + n
-        if self._manifest["complete"] or (total is not None and reached > total):
-            raise StoreError(
-                f"{self._folder}: {reached} rows, but the store is complete with {total or self.rows_done}"
-            )
-        self._ids += ids
-        self._groups += groups
-        self._embeddings.append(embeddings.astype(_DTYPES[self._manifest["dtype"]]))
-        self._labels.append(labels)
-        while len(self._ids) >= self._shard_rows:
-            self._commit(self._shard_rows)
-        if reached == total:
-            self.close()
+        return embeddings.astype(_DTYPES[self._manifest["dtype"]]), labels
 
     def _commit(self, rows: int) -> None:
         embeddings, labels = _joined(self._embeddings), _joined(self._labels)
-        data = safetensors.numpy.save(
-            {"embeddings": np.ascontiguousarray(embeddings[:rows]), "labels": np.ascontiguousarray(labels[:rows])},
-            metadata={"ids": json.dumps(self._ids[:rows]), "groups": json.dumps(self._groups[:rows])},
-        )
+        data = _shard_bytes(self._ids[:rows], embeddings[:rows], labels[:rows], self._groups[:rows])
         name = shard_name(len(self._manifest["shards"]))
         self._folder.write(name, data)
-        self._manifest["shards"].append({"file": name, "rows": rows, "sha256": hashlib.sha256(data).hexdigest()})
+        self._enter(name, rows, hashlib.sha256(data).hexdigest())
+        self._embeddings, self._labels = [embeddings[rows:]], [labels[rows:]]
+        del self._ids[:rows], self._groups[:rows]
+
+    def _enter(self, name: str, rows: int, sha256: str) -> None:
+        self._manifest["shards"].append({"file": name, "rows": rows, "sha256": sha256})
         self._manifest["rows"] += rows
         self._manifest["complete"] = self._manifest["rows"] == self._manifest["total"]
         self._write_manifest()
-        self._embeddings, self._labels = [embeddings[rows:]], [labels[rows:]]
-        del self._ids[:rows], self._groups[:rows]
+
+    def write_apart(
+        self, name: str, ids: Sequence[str], embeddings: np.ndarray, labels: np.ndarray, groups: Sequence[str]
+    ) -> dict[str, Any]:
+        """Writes rows as a shard that does not count yet, in a file of the folder; returns what `adopt` must be given.
+
+        Any process may do so. Arguments and errors are those of `append`.
+        """
+        embeddings, labels = self._checked(ids, embeddings, labels, groups)
+        data = _shard_bytes(list(ids), embeddings, labels, list(groups))
+        self._folder.write(name, data)
+        return {"name": name, "rows": len(ids), "sha256": hashlib.sha256(data).hexdigest()}
+
+    def adopt(self, shard: Mapping[str, Any]) -> None:
+        """Makes what `write_apart` wrote the next shard; without rows it is none."""
+        if self._ids:
+            raise StoreError(f"{self._folder}: {len(self._ids)} appended rows are not in a shard yet; close first")
+        if shard["rows"]:
+            name = shard_name(len(self._manifest["shards"]))
+            self._folder.rename(shard["name"], name)
+            self._enter(name, shard["rows"], shard["sha256"])
 
     def _write_manifest(self) -> None:
         self._folder.write(MANIFEST, json.dumps(self._manifest, indent=1).encode())
@@ -380,6 +409,13 @@ def _ahead(read: Callable[[int], Shard], indices: Sequence[int], ahead: int) -> 
         finally:
             for part in waiting:
                 part.cancel()
+
+
+def _shard_bytes(ids: list[str], embeddings: np.ndarray, labels: np.ndarray, groups: list[str]) -> bytes:
+    return safetensors.numpy.save(
+        {"embeddings": np.ascontiguousarray(embeddings), "labels": np.ascontiguousarray(labels)},
+        metadata={"ids": json.dumps(ids), "groups": json.dumps(groups)},
+    )
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:

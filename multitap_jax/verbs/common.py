@@ -1,6 +1,8 @@
 """Flags that several verbs share, their bounds, and the words for flags that are wrong."""
 
+import contextlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from absl import flags
@@ -50,7 +52,60 @@ def model_flags(values: flags.FlagValues) -> None:
     whole_number(values, "batch_tokens", 16384, "About how many tokens a batch holds.")
     whole_number(values, "max_length", 2048, "Longest pair in tokens, image tokens included.")
     flags.DEFINE_bool("truncate", False, "Cut the tail of longer texts and say so.", flag_values=values)
+    whole_number(values, "devices", 0, "Devices of this process that share the batches; 0: all (a CPU is one).", low=0)
+    whole_number(values, "fsdp", 1, "How many of them share one copy of the parameters, where one is too small.")
     flags.mark_flag_as_required("checkpoint", flag_values=values)
+
+
+def process_flags(values: flags.FlagValues) -> None:
+    """Which process of how many this is, and how long one waits for the others."""
+    flags.DEFINE_string(
+        "coordinator",
+        None,
+        "HOST:PORT of process 0 of a run of several processes, or auto: ask Slurm, JobSet or Cloud TPU. Also "
+        "MULTITAP_COORDINATOR; without either, this process is alone.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer("num_processes", None, "Processes of the run (MULTITAP_NUM_PROCESSES).", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "This process, from 0 (MULTITAP_PROCESS_ID).", flag_values=values)
+    whole_number(values, "join_timeout", 300, "Seconds in which all processes have to come.")
+    whole_number(
+        values, "heartbeat_timeout", 100, "Seconds without a sign of life after which a process counts as dead."
+    )
+    whole_number(
+        values, "watchdog", 1800, "Seconds without progress after which a process ends; 0 for no limit.", low=0
+    )
+
+
+@contextlib.contextmanager
+def joined(verb: str, values: flags.FlagValues) -> Iterator[None]:
+    """A verb with `process_flags` joins the processes of its run, and is watched; all of them end together."""
+    if "coordinator" not in values:
+        yield
+        return
+    from multitap_jax.parallel import distributed, watchdog
+
+    place = distributed.initialize(
+        values.coordinator,
+        values.num_processes,
+        values.process_id,
+        timeout=values.join_timeout,
+        heartbeat=values.heartbeat_timeout,
+        saves_on_sigterm=verb == "train",
+    )
+    with watchdog.watched(values.watchdog, "this process" if place is None else place.name):
+        yield
+        if place is not None:
+            distributed.barrier("end")
+
+
+def left(values: flags.FlagValues, code: int, error: Exception | None = None, explained: bool = True) -> int:
+    """The exit code of a verb that failed; see `parallel.distributed.leave`."""
+    if "coordinator" not in values:
+        return code
+    from multitap_jax.parallel.distributed import leave
+
+    return leave(code, error, explained)
 
 
 def load_scorer(values: flags.FlagValues) -> Any:
@@ -59,11 +114,26 @@ def load_scorer(values: flags.FlagValues) -> Any:
 
     return Scorer.from_pretrained(
         values.checkpoint,
+        mesh=_own_mesh(values.devices, values.fsdp),
         dtype=values.dtype,
         batch_tokens=values.batch_tokens,
         max_length=values.max_length,
         truncate=values.truncate,
     )
+
+
+def _own_mesh(count: int, fsdp: int) -> Any:
+    """A mesh of `count` devices of this process, whatever others there are; None for a single one."""
+    import jax
+
+    from multitap_jax.config import MeshConfig
+    from multitap_jax.parallel.mesh import make_mesh
+
+    devices = jax.local_devices()
+    count = count or (1 if devices[0].platform == "cpu" else len(devices))  # more than one CPU is a simulation
+    if count > len(devices) or count % fsdp:
+        raise ValueError(f"--devices={count} --fsdp={fsdp}: this process has {len(devices)}, and fsdp divides devices")
+    return None if count == 1 else make_mesh(MeshConfig(data=-1, fsdp=fsdp), devices[:count])
 
 
 # What absl says, and what is said instead; the first that matches a line counts.

@@ -9,18 +9,20 @@ folder as --embeddings; NumPy reads it in three lines (multitap_jax/stage2/store
 
 from absl import flags
 
-from multitap_jax.verbs.common import input_flags, load_scorer, model_flags, whole_number
+from multitap_jax.verbs.common import input_flags, load_scorer, model_flags, process_flags, whole_number
 
 
 def define_flags(values: flags.FlagValues) -> None:
     input_flags(values)
     model_flags(values)
+    process_flags(values)
     flags.DEFINE_string("output", None, "Folder of the embeddings. Required.", flag_values=values)
-    whole_number(values, "shard_rows", 4096, "Rows a shard.")
+    whole_number(values, "shard_rows", 4096, "Records a shard.")
     flags.mark_flag_as_required("output", flag_values=values)
 
 
 def run(values: flags.FlagValues) -> int:
+    from multitap_jax.parallel.distributed import is_main_process
     from multitap_jax.stage2.embed import embed_records
 
     summary = embed_records(
@@ -32,5 +34,6 @@ def run(values: flags.FlagValues) -> int:
         allow_outside_root=values.allow_outside_root,
         show_progress=True,
     )
-    print(summary)
+    if is_main_process():
+        print(summary)
     return 0

@@ -14,11 +14,12 @@ from pathlib import Path
 
 from absl import flags
 
-from multitap_jax.verbs.common import input_flags, whole_number
+from multitap_jax.verbs.common import input_flags, process_flags, whole_number
 
 
 def define_flags(values: flags.FlagValues) -> None:
     input_flags(values)
+    process_flags(values)
     flags.DEFINE_string("scores", None, "Scores (JSONL). Required.", flag_values=values)
     flags.DEFINE_string("output", None, "Folder for metrics.json and plots.", flag_values=values)
     flags.DEFINE_string(
@@ -43,7 +44,10 @@ def run(values: flags.FlagValues) -> int:
 
     from multitap_jax.data.records import check_rejected_share
     from multitap_jax.evaluation.report import evaluate_files
+    from multitap_jax.parallel.distributed import is_main_process
 
+    if not is_main_process():  # it is the work of a moment, and done once
+        return 0
     report = evaluate_files(
         values.scores,
         values.input,

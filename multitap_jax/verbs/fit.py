@@ -10,12 +10,13 @@ the checkpoint's heads.safetensors; the weights of the backbone are not touched.
 
 from absl import flags
 
-from multitap_jax.verbs.common import input_flags, load_scorer, model_flags
+from multitap_jax.verbs.common import input_flags, load_scorer, model_flags, process_flags
 
 
 def define_flags(values: flags.FlagValues) -> None:
     input_flags(values, required=False)
     model_flags(values)
+    process_flags(values)
     flags.DEFINE_string("embeddings", None, "Folder that `embed` wrote (instead of --input).", flag_values=values)
     flags.DEFINE_string("cv", "5", "Number of folds, gcv, loo or logo (one image out).", flag_values=values)
     flags.DEFINE_enum("selection", "cv", ["cv", "train-mse"], "How alpha is chosen.", flag_values=values)

@@ -9,18 +9,20 @@ way, also by kill -9, the same command goes on after the last complete line.
 
 from absl import flags
 
-from multitap_jax.verbs.common import input_flags, load_scorer, model_flags, whole_number
+from multitap_jax.verbs.common import input_flags, load_scorer, model_flags, process_flags, whole_number
 
 
 def define_flags(values: flags.FlagValues) -> None:
     input_flags(values)
     model_flags(values)
+    process_flags(values)
     flags.DEFINE_string("output", None, "Where the scores go (JSONL). Required.", flag_values=values)
     whole_number(values, "window", 1024, "Records that are read, grouped by image and written at once.")
     flags.mark_flag_as_required("output", flag_values=values)
 
 
 def run(values: flags.FlagValues) -> int:
+    from multitap_jax.parallel.distributed import is_main_process
     from multitap_jax.scoring.job import score_file
 
     summary = score_file(
@@ -33,5 +35,6 @@ def run(values: flags.FlagValues) -> int:
         window=values.window,
         show_progress=True,
     )
-    print(summary)
+    if is_main_process():
+        print(summary)
     return 0

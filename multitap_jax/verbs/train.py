@@ -21,11 +21,13 @@ from absl import flags
 from ml_collections import config_flags
 
 from multitap_jax.config import TrainConfig, describe, from_config_dict
+from multitap_jax.verbs.common import process_flags
 
 
 def define_flags(values: flags.FlagValues) -> None:
     config_flags.DEFINE_config_file("config", None, "Config file with get_config(). Required.", flag_values=values)
     flags.DEFINE_string("workdir", None, "Folder of the run. Required.", flag_values=values)
+    process_flags(values)
     flags.mark_flags_as_required(["config", "workdir"], flag_values=values)
 
 

@@ -12,6 +12,8 @@ from jax.sharding import Sharding
 
 from multitap_jax.backbones import Backbone
 from multitap_jax.families import abstract_backbone, read_config, weight_table
+from multitap_jax.parallel import watchdog
+from multitap_jax.parallel.distributed import whole
 from multitap_jax.weights.files import read_json, stored_tensors
 from multitap_jax.weights.fill import fill
 from multitap_jax.weights.finite import FiniteCheck
@@ -106,13 +108,16 @@ def backbone_tensors(
 def export_tensors(model: Any, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
     """Hub name (after `prefix`) and host array of every tensor of the model, in a fixed order.
 
+    All processes must go through them together where the model is spread over several.
+
     Raises:
       WeightError: the model has adapters; merge them first.
     """
     params = named_params(model)
     for slot in plan(weight_table(model), params):
         leaf = params[slot.path]
-        value = np.asarray(leaf if slot.layer is None else leaf[slot.layer])
+        value = whole(leaf if slot.layer is None else leaf[slot.layer])
+        watchdog.beat(f"{slot.key} on the host")
         yield prefix + slot.key, np.ascontiguousarray(value.transpose(slot.inverse))
 
 

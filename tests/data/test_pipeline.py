@@ -79,6 +79,33 @@ def test_the_loader_starts_anywhere_and_gives_the_same_batches(records, parts):
     assert step == data.num_steps - 1
 
 
+def counted(call, into):
+    def read(self, source):
+        into.append(source)
+        return call(self, source)
+
+    return read
+
+
+@pytest.mark.parametrize("shares", [((0, 1), (2, 3)), ((0, 3), (1, 2))])
+def test_processes_read_only_their_own_pictures_and_make_the_same_batch(records, parts, shares, monkeypatch):
+    _, reader, _ = parts
+    whole, read = dataset(records, parts, cells=4), []
+    monkeypatch.setattr(type(reader), "__call__", counted(type(reader).__call__, read))
+    each = [dataset(records, parts, cells=4, own=own) for own in shares]
+    for step in range(whole.num_steps):
+        expected = whole[step]
+        cells = expected.patches.reshape(4, -1, *expected.patches.shape[1:])
+        for data, own in zip(each, shares, strict=True):
+            read.clear()
+            found = data[step]
+            equal(found._replace(patches=cells), expected._replace(patches=cells))
+            np.testing.assert_array_equal(found.patches, cells[list(own)].reshape(found.patches.shape))
+            pictures = expected.patch_segment.reshape(4, -1, expected.patch_segment.shape[1]).max(axis=2)
+            assert len(read) == pictures[list(own)].sum()
+    assert each[0].fingerprint == each[1].fingerprint == whole.fingerprint
+
+
 def test_fingerprints_tell_runs_apart(records, parts):
     first = dataset(records, parts).fingerprint
     assert first == dataset(records, parts).fingerprint

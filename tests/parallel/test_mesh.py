@@ -11,13 +11,13 @@ from flax import nnx
 
 from multitap_jax.config import ConfigError, MeshConfig
 from multitap_jax.families import from_config
-from multitap_jax.parallel.distributed import agree, barrier, initialize, is_main_process
 from multitap_jax.parallel.mesh import (
     AXES,
     abstract_mesh,
     arrange,
     batch_shards,
     make_mesh,
+    own_shards,
     param_shardings,
     param_spec,
     shard_batch,
@@ -34,6 +34,7 @@ def test_one_size_may_be_what_is_left():
     assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
     assert mesh.axis_names == AXES
     assert batch_shards(mesh) == 4
+    assert own_shards(mesh) == [0, 1, 2, 3]
     assert dict(make_mesh(MeshConfig(), jax.devices()[:1]).shape) == dict.fromkeys(AXES, 1)
 
 
@@ -159,14 +160,3 @@ def test_a_batch_is_split_by_rows():
         assert device.addressable_shards[0].data.shape[0] == 2
     with pytest.raises(ConfigError, match=r"a batch of 6 rows cannot be split over data x fsdp = 4 devices"):
         shard_batch(toy_batch(0, 6, cells=6), mesh)
-
-
-def test_a_single_process_needs_nobody(monkeypatch):
-    monkeypatch.delenv("MULTITAP_COORDINATOR", raising=False)
-    initialize()
-    barrier("alone")
-    assert is_main_process()
-    assert agree(True, False) == (True, False)
-    monkeypatch.setenv("MULTITAP_COORDINATOR", "localhost:1")
-    with pytest.raises(ValueError, match="MULTITAP_NUM_PROCESSES"):
-        initialize()

@@ -169,7 +169,9 @@ def test_evaluation_gives_the_logits_of_the_model():
         mesh = mesh_of(config)
         split = partition(jax.device_put(model, param_shardings(model, mesh)), "head")
         found = make_eval_step(split, Execution(), mesh)(split.trainable, split.frozen, shard_batch(batch, mesh))
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(found[0], expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(found[1], batch.target)
+        np.testing.assert_array_equal(found[2], batch.weight)
 
 
 def test_cells_are_cut_and_renumbered():

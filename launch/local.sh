@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# Runs a verb in N processes on this machine; each gets its share of the GPUs, on a CPU they talk over Gloo.
+#
+#   launch/local.sh 2 train --config=configs/lora.py --workdir=run ...     (train may be left out)
+#
+# When one fails the others are ended, and its exit code is that of the script; Ctrl-C and SIGTERM reach all of them.
+# MULTITAP names the program (default: multitap), MULTITAP_PORT the port of process 0 (default: a free one).
+set -euo pipefail
+GRACE=10 # seconds in which the others may end on their own, with what they have to say
+
+count=${1:-}
+if ! [[ $count =~ ^[1-9][0-9]*$ ]]; then
+  echo "usage: launch/local.sh N [VERB] [--flag=value ...]     N processes of multitap VERB (train) here" >&2
+  exit 2
+fi
+shift
+if [[ ${1:---} == --* ]]; then set -- train "$@"; fi
+if [[ -z ${MULTITAP:-} ]] && ! command -v multitap >/dev/null; then
+  MULTITAP=$(dirname "$0")/../.venv/bin/multitap
+fi
+read -ra program <<<"${MULTITAP:-multitap}"
+
+taken() { (: <"/dev/tcp/localhost/$1") 2>/dev/null; }
+port=${MULTITAP_PORT:-$((20000 + RANDOM % 10000))}
+while [[ -z ${MULTITAP_PORT:-} ]] && taken "$port"; do port=$((20000 + RANDOM % 10000)); done
+export MULTITAP_COORDINATOR=localhost:$port MULTITAP_NUM_PROCESSES=$count
+
+gpus=()
+if [[ ${JAX_PLATFORMS:-} != cpu ]] && command -v nvidia-smi >/dev/null; then
+  IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader | paste -sd, -)}"
+fi
+each=$((${#gpus[@]} / count))
+if ((${#gpus[@]} > 0 && each == 0)); then
+  echo "launch/local.sh: $count processes, but ${#gpus[@]} GPUs; a process needs one of its own" >&2
+  exit 2
+fi
+
+pids=()
+for ((index = 0; index < count; index++)); do
+  (
+    export MULTITAP_PROCESS_ID=$index
+    if ((each > 0)); then
+      CUDA_VISIBLE_DEVICES=$(IFS=, && echo "${gpus[*]:index*each:each}")
+      export CUDA_VISIBLE_DEVICES
+    fi
+    exec "${program[@]}" "$@"
+  ) &
+  pids+=("$!")
+done
+trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
+
+code=0 deadline=
+while ((${#pids[@]} > 0)); do
+  running=()
+  for pid in "${pids[@]}"; do
+    if kill -0 "$pid" 2>/dev/null; then
+      running+=("$pid")
+      continue
+    fi
+    ended=0
+    wait "$pid" || ended=$?
+    if ((ended != 0 && code == 0)); then
+      code=$ended
+      echo "launch/local.sh: a process ended with code $ended" >&2
+      if ((ended != 143)); then deadline=$((SECONDS + GRACE)); fi # 143: all have saved and end together
+    fi
+  done
+  pids=(${running[@]+"${running[@]}"})
+  if [[ -n $deadline ]] && ((SECONDS >= deadline && ${#pids[@]} > 0)); then
+    kill -KILL "${pids[@]}" 2>/dev/null || true
+  fi
+  if ((${#pids[@]} > 0)); then sleep 0.2; fi
+done
+exit "$code"
