@@ -13,7 +13,10 @@ from multitap_jax.parallel.mesh import path_name
 
 
 class Placed(NamedTuple):
-    """An array: its logical axes ("-" where a dimension has none), partition, bytes, and bytes on each device."""
+    """An array: its logical axes ("-" where a dimension has none), partition, bytes, and bytes on each device.
+
+    What lies in the memory of the host takes none on a device.
+    """
 
     name: str
     dtype: str
@@ -60,6 +63,8 @@ def _placed(name: str, array: Any, axes: Any) -> Placed:
     local = math.prod(array.sharding.shard_shape(shape))
     named = "" if axes is None else ", ".join(axis or "-" for axis in axes)
     spec = ", ".join(map(word, parts))
+    if array.sharding.memory_kind == "pinned_host":
+        spec, local = f"{spec} on the host", 0
     return Placed(name, np.dtype(array.dtype).name, shape, named, spec, math.prod(shape) * size, local * size)
 
 

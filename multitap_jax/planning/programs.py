@@ -51,7 +51,8 @@ def held(model: RewardModel, config: TrainConfig, mesh: Mesh | AbstractMesh) -> 
     placed = param_shardings(model, mesh)  # all problems at once, whatever learns
     del placed
     split = partition(model, config.trainable.parts)
-    state = abstract_state(split, make_optimizer(config.optimizer, STEPS), mesh)  # type: ignore[arg-type]
+    optimizer, offload = make_optimizer(config.optimizer, STEPS), config.optimizer.offload
+    state = abstract_state(split, optimizer, mesh, offload=offload)  # type: ignore[arg-type]
     return Held(state, _place(split.frozen, param_shardings(split.frozen, mesh)))
 
 
@@ -60,7 +61,8 @@ def lower_training(model: RewardModel, config: TrainConfig, mesh: Mesh, batch: P
     split = partition(model, config.trainable.parts)
     optimizer, schedule = make_optimizer(config.optimizer, STEPS), make_schedule(config.optimizer, STEPS)
     execution = Execution(dtype=config.model.dtype, remat=config.model.remat, attention=_attention(config, mesh))
-    step = make_train_step(split, optimizer, schedule, execution, mesh, accumulation=config.accumulation)
+    settings: dict[str, Any] = {"accumulation": config.accumulation, "offload": config.optimizer.offload}
+    step = make_train_step(split, optimizer, schedule, execution, mesh, **settings)
     state, frozen = held(model, config, mesh)
     return step.lower(state, frozen, batch)  # type: ignore[attr-defined]
 

@@ -11,7 +11,7 @@ from multitap_jax.planning.compiled import Compiled
 from multitap_jax.planning.workload import Workload
 
 # Remat policies that keep less than this one.
-_STRONGER: dict[str, tuple[str, ...]] = {"none": ("dots", "full"), "dots": ("full",), "full": ()}
+_STRONGER: dict[str, tuple[str, ...]] = {"none": ("dots", "full"), "dots": ("full",), "offload": ("full",), "full": ()}
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,9 @@ def candidates(config: TrainConfig, mesh: Mapping[str, int], workload: Workload)
     if fsdp % 2 == 0:
         config = replace(config, mesh=MeshConfig(data, fsdp // 2, 2 * tensor, context))
         yield "split heads and inner widths, and the activations with them", config
+    if not config.optimizer.offload:
+        config = replace(config, optimizer=replace(config.optimizer, offload=True))
+        yield "keep the optimizer's moments in the memory of the host between steps", config
     if config.trainable.parts == "full":
         yield "train adapters only", replace(config, trainable=replace(config.trainable, parts="lora"))
 
