@@ -144,7 +144,7 @@ def family_of(hf_config: Mapping[str, Any]) -> Family:
       UnsupportedModelError: `model_type` is absent or not implemented; the message lists those that are.
     """
     model_type = hf_config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise UnsupportedModelError(f"model_type = {model_type!r} is not supported; supported: {known}")
     return FAMILIES[model_type]

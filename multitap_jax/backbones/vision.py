@@ -34,7 +34,13 @@ class Pixels:
     def from_hf(
         cls, patch_size: int, processor: Section, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD
     ) -> "Pixels":
-        """Statistics of the image processor's file where it names any, else those given."""
+        """Statistics of the image processor's file where it names any, else those given; no other arithmetic exists."""
+        for step in ("do_rescale", "do_normalize"):
+            processor.expect(step, True)
+        if abs(255 * processor.number("rescale_factor", 1 / 255) - 1) > 1e-6:
+            processor.wrong(
+                f"rescale_factor = {processor.get('rescale_factor')} is not implemented; it must be 1 / 255"
+            )
         return cls(patch_size, processor.numbers("image_mean", mean), processor.numbers("image_std", std))
 
     @property

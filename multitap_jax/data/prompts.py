@@ -37,10 +37,14 @@ class Encoded(NamedTuple):
     text: np.ndarray
 
 
-def conversation(variant: str, request: str | None, num_images: int, text: str) -> list[Message]:
-    """The messages of a prompt; raises PromptError for an unknown variant."""
+def check_variant(variant: str) -> None:
+    """Raises PromptError for an unknown variant."""
     if variant not in VARIANTS:
         raise PromptError(f"unknown prompt variant {variant!r}; the variants are {', '.join(VARIANTS)}")
+
+
+def conversation(variant: str, request: str | None, num_images: int, text: str) -> list[Message]:
+    """The messages of a prompt of one of `VARIANTS`."""
     images = [IMAGE] * num_images
     if variant == "official-train" or (variant == "official-stage2" and request is None):
         return [("user", [request or DEFAULT_REQUEST]), ("assistant", [*images, text])]
@@ -79,7 +83,7 @@ class Prompter:
     """
 
     def __init__(self, tokenizer: Any, variant: str, chat: ChatFormat = QWEN2_VL):
-        conversation(variant, None, 1, "")  # refuses an unknown variant here, not at the first record
+        check_variant(variant)
         self.variant = variant
         self._tokenizer, self._chat = tokenizer, chat
         self._control = sorted(set(tokenizer.get_added_vocab()), key=len, reverse=True)

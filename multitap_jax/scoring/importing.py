@@ -9,6 +9,7 @@ import numpy as np
 
 from multitap_jax.data.layouts import ImagePolicy
 from multitap_jax.data.processing import Contract, Processing
+from multitap_jax.data.prompts import check_variant
 from multitap_jax.families import Family, read_config
 from multitap_jax.reward import RewardHead
 from multitap_jax.scoring.artefact import Artefact
@@ -16,9 +17,10 @@ from multitap_jax.scoring.exports.official import HEAD, PREFIX, official_contrac
 from multitap_jax.scoring.manifest import MANIFEST, ArtefactError
 from multitap_jax.scoring.saving import CONFIG, Contents, companion_files, write_artefact
 from multitap_jax.weights.files import scan_tensors
-from multitap_jax.weights.finite import FiniteCheck
+from multitap_jax.weights.finite import FiniteCheck, all_finite
 from multitap_jax.weights.hashing import folder_hash
 from multitap_jax.weights.hub import backbone_tensors
+from multitap_jax.weights.mapping import ANY_OF_THEM, WEIGHT_DTYPES
 from multitap_jax.weights.sources import Source, locate
 from multitap_jax.weights.stored import Stored
 from multitap_jax.weights.writer import write_folder
@@ -171,6 +173,7 @@ def _tensors(folder: Path, problems: list[str]) -> tuple[Mapping[str, Stored], b
 def _contract(folder: Path, family: Family, config: Any, chosen: Mapping[str, str]) -> Contract:
     saved = read_contract(folder) or official_contract(family, config)
     contract = dataclasses.replace(saved, **chosen)
+    check_variant(contract.prompt)
     family.layout(config, ImagePolicy.parse(contract.image_policy))  # before anything is copied
     return contract
 
@@ -186,9 +189,14 @@ def _head(tensors: Mapping[str, Stored], hidden: int | None, whole: bool, proble
     for name, shape in zip(HEAD, ((1, hidden), (1,)), strict=True):
         expected = str(["H" if size is None else size for size in shape]).replace("'", "")
         if name in tensors:
-            found = tensors[name].shape
-            same = len(found) == len(shape) and all(a in (None, b) for a, b in zip(shape, found, strict=True))
-            wrong += [] if same else [f"{name}: {list(found)}, expected {expected}"]
+            found = tensors[name]
+            same = len(found.shape) == len(shape) and all(
+                a in (None, b) for a, b in zip(shape, found.shape, strict=True)
+            )
+            if not same or found.dtype.name not in WEIGHT_DTYPES:
+                wrong.append(f"{name}: {list(found.shape)} {found.dtype.name}, expected {expected} of {ANY_OF_THEM}")
+            elif not all_finite(found.read()):
+                wrong.append(f"{name}: holds NaN or infinity; take a checkpoint from before its training failed")
         elif whole:
             wrong.append(f"{name}: missing, expected {expected}")
     problems += wrong

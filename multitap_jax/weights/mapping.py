@@ -15,6 +15,8 @@ import numpy as np
 
 from multitap_jax.weights.misfit import contradictions
 
+WEIGHT_DTYPES = ("bfloat16", "float16", "float32")
+ANY_OF_THEM = "bfloat16, float16 or float32"
 # What is done to the dimensions of a checkpoint tensor; the inverse permutation is the export.
 TRANSFORMS: dict[str, Callable[[int], tuple[int, ...]]] = {
     "identity": lambda ndim: tuple(range(ndim)),
@@ -54,11 +56,13 @@ class Table:
       spellings: (prefix, prefix of the hub) pairs; the first that a key starts with is replaced.
       unused: keys that a checkpoint may hold but an encoder has no use for -> key whose tensor it equals when the
         configuration ties the two, or None.
+      unused_shapes: of those of them that are tied to nothing, where it is known.
     """
 
     rules: tuple[Rule, ...]
     spellings: tuple[tuple[str, str], ...]
     unused: Mapping[str, str | None]
+    unused_shapes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     def canonical(self, key: str) -> str:
         """The hub's spelling of a key in any known spelling."""
@@ -154,13 +158,15 @@ def match(
     for key, other in table.unused.items():  # a writer that keeps one name of a shared tensor may keep this one
         if tied and other is not None and other not in found and key in found:
             found[other] = found[key]
-    for key, shape in wanted.items():
+    expected = {**wanted, **{key: _unused_shape(table, key, wanted) for key in table.unused if key in found}}
+    for key, shape in expected.items():
         if key not in found:
-            problems.append(f"missing: {prefix}{key} {list(shape)}")
+            problems.append(f"missing: {prefix}{key} {list(shape or ())}")
         elif problem := _misfit(tensors[found[key]], shape):
             problems.append(f"{problem[0]}: {found[key]} {_describe(tensors[found[key]])}, expected {problem[1]}")
             here = tuple(tensors[found[key]].shape)
-            sizes += [(key, a, b) for a, b in zip(shape, here, strict=False) if a != b and len(here) == len(shape)]
+            if shape is not None and len(here) == len(shape):
+                sizes += [(key, a, b) for a, b in zip(shape, here, strict=True) if a != b]
     if problems:
         layers = _layer_counts(table, set(wanted), (found.keys() & wanted.keys()) | set(unknown))
         lines = contradictions(entries or {}, sizes, layers) + problems
@@ -169,15 +175,20 @@ def match(
     return found
 
 
-def _misfit(tensor: Any, shape: tuple[int, ...]) -> tuple[str, str] | None:
-    """What is wrong with a tensor, and what was expected."""
-    if tuple(tensor.shape) != shape:
+def _unused_shape(table: Table, key: str, wanted: Mapping[str, tuple[int, ...]]) -> tuple[int, ...] | None:
+    """The shape of a tensor that no score needs, where the table or the tensor that it may be tied to says it."""
+    return table.unused_shapes.get(key) or wanted.get(table.unused[key] or "")
+
+
+def _misfit(tensor: Any, shape: tuple[int, ...] | None) -> tuple[str, str] | None:
+    """What is wrong with a tensor, and what was expected; a shape of None may be any."""
+    if shape is not None and tuple(tensor.shape) != shape:
         return "wrong shape", str(list(shape))
     name = np.dtype(tensor.dtype).name
     if name.startswith("float8"):
-        return "wrong type", "bfloat16, float16 or float32 (8-bit floats mean nothing without their scales)"
-    if name not in ("bfloat16", "float16", "float32"):
-        return "wrong type", "floating point: bfloat16, float16 or float32"
+        return "wrong type", f"{ANY_OF_THEM} (8-bit floats mean nothing without their scales)"
+    if name not in WEIGHT_DTYPES:
+        return "wrong type", f"floating point: {ANY_OF_THEM}"
     return None
 
 

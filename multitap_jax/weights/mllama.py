@@ -1,6 +1,6 @@
 """The weight table of Llama-3.2-Vision."""
 
-from multitap_jax.backbones.mllama import MllamaConfig
+from multitap_jax.backbones.mllama import EXTRA_TOKENS, MllamaConfig
 from multitap_jax.weights.mapping import Rule, Table
 from multitap_jax.weights.rules import decoder_rules, layer_norm, linear, rms_norm, rule
 
@@ -23,7 +23,8 @@ def table(config: MllamaConfig) -> Table:
     rules += _cross_rules(config.cross.layers)
     rules += _vision_rules()
     rules += linear("multi_modal_projector", "vision.projector")
-    return Table(tuple(rules), SPELLINGS, unused={"language_model.lm_head.weight": None})
+    head, text = "language_model.lm_head.weight", config.text
+    return Table(tuple(rules), SPELLINGS, {head: None}, {head: (text.vocab_size - EXTRA_TOKENS, text.hidden_size)})
 
 
 def _cross_rules(layers: tuple[int, ...]) -> list[Rule]:

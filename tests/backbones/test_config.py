@@ -60,7 +60,16 @@ def test_pixel_statistics_are_checked(statistics):
         Qwen2VLConfig.from_hf(tiny_config(), statistics)
 
 
-@pytest.mark.parametrize("config", [{}, {"model_type": "clip"}])
+@pytest.mark.parametrize(
+    "step", [{"do_normalize": False}, {"do_rescale": False}, {"rescale_factor": 1.0}, {"rescale_factor": "1/255"}]
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pixels_that_are_prepared_otherwise_are_refused(family, step):
+    with pytest.raises(ConfigError, match=f"{next(iter(step))} = .* (is not implemented|must be)"):
+        FAMILIES[family].config({"model_type": family}, {**step, "image_mean": [0.5] * 3})
+
+
+@pytest.mark.parametrize("config", [{}, {"model_type": "clip"}, {"model_type": ["qwen2_vl"]}])
 def test_another_family_is_refused_with_the_known_ones(config):
     with pytest.raises(UnsupportedModelError, match=r"is not supported; supported: .*qwen2_vl"):
         from_config(config, rngs=nnx.Rngs(0))

@@ -93,7 +93,7 @@ def test_everything_that_is_wrong_is_said_at_once(official, tmp_path):
     with pytest.raises(ArtefactError) as caught:
         import_official(tmp_path, tmp_path / "out")
     for problem in (
-        "reward_head.weight: [2, 64], expected [1, 64]",
+        "reward_head.weight: [2, 64] float32, expected [1, 64]",
         "reward_head.bias: missing, expected [1]",
         "unknown: value_head.weight",
         "missing: backbone_model.visual.merger.mlp.0.bias [128]",
@@ -102,6 +102,22 @@ def test_everything_that_is_wrong_is_said_at_once(official, tmp_path):
     ):
         assert problem in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_head_that_is_no_number_and_a_prompt_that_nobody_knows(official, tmp_path):
+    _, base, folder = official
+    tensors = load_file(folder / "model.safetensors")
+    tensors["reward_head.weight"] = np.full((1, 64), np.nan, np.float32)
+    tensors["reward_head.bias"] = np.zeros(1, np.int64)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ArtefactError) as caught:
+        import_official(tmp_path, tmp_path / "out", base=base, prompt="nope")
+    for problem in (
+        "reward_head.weight: holds NaN or infinity",
+        "reward_head.bias: [1] int64, expected [1] of bfloat16, float16 or float32",
+        "unknown prompt variant 'nope'",
+    ):
+        assert problem in str(caught.value)
 
 
 def shards_of(tensors, folder):
@@ -121,7 +137,7 @@ def test_broken_files_hide_nothing_else(official, tmp_path):
     first, _ = shards_of(tensors, tmp_path / "in")
     first.write_bytes(first.read_bytes()[:-8])
     (tmp_path / "empty").mkdir()
-    head = "reward_head.weight: [2, 64], expected [1, {}]"
+    head = "reward_head.weight: [2, 64] float32, expected [1, {}]"
     cut = f"{first.name} is not a whole safetensors file (truncated: it has"
     no_config = f"no config.json in {tmp_path / 'in'} or {tmp_path / 'empty'}; give the backbone's own folder"
     cases = {

@@ -119,6 +119,16 @@ def test_an_untied_output_head_where_tied_was_promised(tensors, tmp_path):
     assert "config.json must say tie_word_embeddings: false" in message
 
 
+@pytest.mark.parametrize(
+    "head", [np.zeros((160, 64), np.int64), np.zeros((3, 5), np.float32), np.zeros((160, 64), bool)]
+)
+def test_a_tensor_that_no_score_needs_must_still_be_one_of_the_model(tensors, tmp_path, head):
+    """The artefact takes it along, and transformers would stumble over it."""
+    write(tmp_path, {**tensors, "lm_head.weight": head})
+    kind = "wrong shape" if head.shape == (3, 5) else "wrong type"
+    assert f"{kind}: lm_head.weight {list(head.shape)} {head.dtype}, expected " in message_of(tmp_path)
+
+
 def test_a_tied_table_may_be_there_under_the_heads_name_alone(tensors, tmp_path):
     """Writers that keep one name of a shared tensor keep the first in the alphabet."""
     alone = {key: value for key, value in tensors.items() if key != "model.embed_tokens.weight"}

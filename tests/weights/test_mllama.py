@@ -87,6 +87,7 @@ def test_an_artefact_opens_with_transformers(hub, tmp_path):
 def test_published_names_of_a_real_model():
     """Names of tensors read in a public listing of Llama-3.2-11B-Vision-Instruct, and the numbers of its layers."""
     table = mllama.table(MllamaConfig.from_hf({"model_type": "mllama"}))
+    assert table.unused_shapes == {"language_model.lm_head.weight": (128256, 4096)}
     keys = {rule.key for rule in table.rules}
     assert "language_model.model.layers.{layer}.cross_attn_attn_gate" in keys
     assert "vision_model.global_transformer.layers.{layer}.gate_ffn" in keys
