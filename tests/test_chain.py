@@ -215,6 +215,8 @@ def test_the_program_teaches_and_corrects(capsys):
         (("score", *PATHS, "--max-rejected=2"), 2, "--max_rejected=2.0: expected a share, from 0 to 1"),
         (("fog",), 2, "there is no verb 'fog'. The verbs: demo"),
         (("score", "--checkpoint=nowhere", "--input=x", "--output=y"), 1, "no such folder"),
+        (("score", *PATHS, "--devices=9"), 1, "--devices=9 --fsdp=1: this process has 8, and fsdp divides devices"),
+        (("embed", *PATHS, "--num_processes=2"), 1, "--num_processes and --process_id need --coordinator=HOST:PORT"),
         (("fit", "--checkpoint=nowhere"), 1, "give one of --embeddings (a folder that `embed` wrote) or --input"),
         (("fit", "--checkpoint=a", "--embeddings=b", "--input=c"), 1, "(records), not both"),
         (("evaluate", "--scores=a", "--input=b", "--target_range=1"), 1, "--target_range=1: expected two numbers"),
