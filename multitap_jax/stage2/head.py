@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from multitap_jax.parallel.distributed import all_or_none
 from multitap_jax.stage2 import head_tables, persist
 from multitap_jax.stage2.accumulator import Accumulator
 from multitap_jax.stage2.fitted import FittedHead
@@ -107,9 +108,15 @@ class RidgeHead(FittedHead):
         """Fits a whole embedding store, shard by shard; memory does not grow with its embeddings.
 
         With several processes and a `mesh` over them, each reads its share of the shards and all get the same head.
+
+        Raises:
+          StoreError: a missing or damaged shard.   DataError: labels that cannot be fitted.
+          OtherProcessError: of another process's share.
         """
         share = (jax.process_index(), jax.process_count()) if mesh is not None else (0, 1)
-        return self._fit(lambda: store.batches(share=share, as_stored=True), True, store.objectives, mesh)
+        return self._fit(
+            lambda: store.batches(share=share, as_stored=True), True, store.objectives, mesh, in_step=mesh is not None
+        )
 
     def fit_stream(
         self,
@@ -121,7 +128,8 @@ class RidgeHead(FittedHead):
 
         A generator is read once. An iterable that can be read again (a list, a loader object) is, to refine the
         coefficients to full precision and to give held-out predictions. With several processes and a `mesh` over them,
-        each gives its own rows.
+        each gives its own rows; one whose batches fail raises at once, and the others, which it cannot reach, must be
+        ended too.
         """
         once = iter(batches) is batches
         return self._fit(lambda: batches, not once, objective_names, mesh)
@@ -218,7 +226,9 @@ class RidgeHead(FittedHead):
         mesh: jax.sharding.Mesh | None = None,
         flat: bool = False,
         fold: np.ndarray | None = None,
+        in_step: bool = False,
     ) -> "RidgeHead":
+        """Collects all batches and solves; `in_step`: processes that read at one pace tell each other of errors."""
         folds = self._check_params()
         data = Accumulator(folds, self.seed, mesh=mesh, count_groups=self.criterion == "logo")
         # Hashing takes a tenth of a pass: not where no row is ever held out with its group, nor a group remembered.
@@ -229,9 +239,12 @@ class RidgeHead(FittedHead):
             rows = checked_rows(batches(), folds, self.seed, grouped)
             return rows if fold is None else with_folds(rows, fold)
 
-        for rows in checked():
-            data.add(rows)
-        data.settle()
+        def collect() -> None:
+            for rows in checked():
+                data.add(rows)
+            data.settle()
+
+        all_or_none(collect) if in_step else collect()
         if mesh is not None and jax.process_count() > 1:
             data = persist.gather(data)
         replay = checked if replayable else None

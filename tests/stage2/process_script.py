@@ -8,8 +8,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import numpy as np
 
-from multitap_jax.parallel.distributed import initialize
-from multitap_jax.stage2 import DataError, EmbeddingStore, RidgeHead
+from multitap_jax.parallel.distributed import OtherProcessError, initialize
+from multitap_jax.stage2 import DataError, EmbeddingStore, RidgeHead, StoreError
 
 
 def main(folder: str, out: str, port: str, index: str, count: str, devices: str, *fits: str) -> None:
@@ -23,7 +23,7 @@ def main(folder: str, out: str, port: str, index: str, count: str, devices: str,
         head = RidgeHead(np.logspace(2, 5, 4), cv=int(cv) if cv.isdigit() else cv, refine=True)
         try:
             head.fit_store(EmbeddingStore(f"{folder}/{store}"), mesh=mesh)
-        except DataError as error:
+        except (DataError, StoreError, OtherProcessError) as error:
             np.savez(f"{out}.{fit}.{index}.npz", error=str(error))
             continue
         np.savez(

@@ -28,11 +28,14 @@ def write(folder, rows, shard_rows):
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory):
-    """Many shards; one, of many rows and of few: then the second of two processes has no rows."""
+    """Many shards; one, of many rows and of few: then the second of two processes has no rows; a damaged one."""
     folder = tmp_path_factory.mktemp("stores")
     write(folder / "many", 1500, 256)
     write(folder / "one", 1500, 4096)
     write(folder / "few", 90, 4096)
+    write(folder / "damaged", 90, 45)
+    second = folder / "damaged" / "embeddings-00001.safetensors"
+    second.write_bytes(second.read_bytes()[:-1] + b"?")
     return folder
 
 
@@ -104,12 +107,19 @@ SAME = ("many:3", "many:loo", "one:3", "one:loo", "few:3", "few:loo")
 @pytest.fixture(scope="module")
 def two_processes(stores, tmp_path_factory):
     """What two processes of two devices each found, fit after fit in one pair of them."""
-    return run(stores, tmp_path_factory.mktemp("two") / "out", 2, 2, (*SAME, "many:logo"))
+    return run(stores, tmp_path_factory.mktemp("two") / "out", 2, 2, (*SAME, "many:logo", "damaged:3"))
 
 
 def test_two_processes_say_that_they_cannot_hold_groups_out(two_processes):
     for found in two_processes["many:logo"]:
         assert "cv='logo' needs all rows of a group in one process; use folds, or one process" in str(found["error"])
+
+
+def test_a_shard_that_one_process_cannot_read_ends_both(two_processes):
+    first, second = (str(found["error"]) for found in two_processes["damaged:3"])
+    assert "embeddings-00001.safetensors: damaged" in second
+    assert first.startswith("process 1 of 2 failed (StoreError: ")
+    assert second in first
 
 
 @pytest.mark.parametrize("fit", SAME)
