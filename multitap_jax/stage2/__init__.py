@@ -10,6 +10,7 @@ solve.py        scores and the choice of alpha;  kfold.py, leave_out.py, heldout
 certificate.py  what float32 may have cost;  refine.py: passes that take it out again
 fitting.py      all of it in order
 head.py         RidgeHead, what users see; fitted.py: what needs no rows; uncertainty.py, plots.py
+head_params.py  its parameters;  head_files.py: it on disk;  head_tables.py: its tables and scores
 """
 
 from multitap_jax.stage2.accumulator import Accumulator

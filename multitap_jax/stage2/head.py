@@ -15,14 +15,12 @@ import jax
 import numpy as np
 
 from multitap_jax.parallel.distributed import all_or_none
-from multitap_jax.stage2 import head_tables, persist
+from multitap_jax.stage2 import head_params, head_tables, persist
 from multitap_jax.stage2.accumulator import Accumulator
 from multitap_jax.stage2.fitted import FittedHead
 from multitap_jax.stage2.fitting import HeadFit, Replay, Settings, fit_heads
 from multitap_jax.stage2.rows import DataError, Rows, array_batches, checked_rows, folds_of_splits, with_folds
 from multitap_jax.stage2.store import EmbeddingStore
-
-CRITERIA = ("gcv", "loo", "logo")
 
 
 class RidgeHead(FittedHead):
@@ -33,7 +31,7 @@ class RidgeHead(FittedHead):
         units of scikit-learn's `Ridge`.
       cv: number of folds (rows of one group stay together; the fold is a hash of the group, or of the row where there
         are no groups), "gcv", "loo" (exact leave-one-out) or "logo" (exact leave-one-group-out). The last two read the
-        rows a second time. For arrays also a list of splits (train indices, test indices).
+        rows a second time. For arrays also a list of splits (train, test): indices, or masks bool[N].
       alpha_per_target: an alpha for each objective, or one for all.
       fit_intercept: False: neither X nor Y is centred.
       standardize: divide each feature by its deviation over the rated rows first; `coef_` is of X itself either way.
@@ -101,7 +99,9 @@ class RidgeHead(FittedHead):
         """
         batches = array_batches(X, y, sample_weight, groups, sources)
         flat = np.asarray(y).ndim == 1
-        fold = folds_of_splits(self.cv, len(X)) if isinstance(self.cv, (list, tuple)) else None
+        fold = None
+        if isinstance(self.cv, (list, tuple)) and self.criterion == "kfold":
+            fold = folds_of_splits(self.cv, len(X))
         return self._fit(batches, True, objective_names, mesh, flat, fold)
 
     def fit_store(self, store: EmbeddingStore, mesh: jax.sharding.Mesh | None = None) -> "RidgeHead":
@@ -138,10 +138,10 @@ class RidgeHead(FittedHead):
         self, batches: Iterable[Sequence[Any]] | EmbeddingStore, mesh: jax.sharding.Mesh | None = None
     ) -> Accumulator:
         """Only collects moments, for `fit_moments` to solve any number of times; persist.py saves and merges them."""
-        folds = self._check_params()
-        data = Accumulator(folds, self.seed, mesh=mesh, count_groups=self.criterion == "logo")
+        folds, seed = head_params.checked(self)
+        data = Accumulator(folds, seed, mesh=mesh, count_groups=self.criterion == "logo")
         found: Iterable[Any] = batches.batches(as_stored=True) if isinstance(batches, EmbeddingStore) else batches
-        for rows in checked_rows(found, folds, self.seed):
+        for rows in checked_rows(found, folds, seed):
             data.add(rows)
         return data
 
@@ -163,7 +163,7 @@ class RidgeHead(FittedHead):
           source_weights: by which the sample weights of a source (a data set) are multiplied.
           leave_out: sources that do not count at all.
         """
-        folds = self._check_params()
+        folds, _ = head_params.checked(self)
         if data.folds != folds:
             raise DataError(f"the moments were collected for {data.folds} folds, this head has {folds}; collect again")
         weights = {**(source_weights or {}), **dict.fromkeys(leave_out, 0.0)}
@@ -182,7 +182,7 @@ class RidgeHead(FittedHead):
     ) -> "RidgeHead":
         """Adds rows to those of earlier calls and solves again; memory stays that of the moments."""
         if not hasattr(self, "moments_"):
-            self.moments_ = Accumulator(self._check_params(), self.seed)
+            self.moments_ = Accumulator(*head_params.checked(self))
         self._flat = np.asarray(y).ndim == 1
         batches = array_batches(X, y, sample_weight, groups, sources)
         if not self.moments_.is_empty and np.shape(X)[1] != self.moments_.num_features:
@@ -190,7 +190,7 @@ class RidgeHead(FittedHead):
                 f"X has {np.shape(X)[1]} features, but RidgeHead is expecting {self.moments_.num_features} features as "
                 "input: partial_fit goes on with the rows before"
             )
-        for rows in checked_rows(batches(), self.moments_.folds, self.seed):
+        for rows in checked_rows(batches(), self.moments_.folds, self.moments_.seed):
             self.moments_.add(rows)
         return self._solve(self.moments_, None, objective_names or getattr(self, "objective_names_", None), None, {})
 
@@ -229,14 +229,14 @@ class RidgeHead(FittedHead):
         in_step: bool = False,
     ) -> "RidgeHead":
         """Collects all batches and solves; `in_step`: processes that read at one pace tell each other of errors."""
-        folds = self._check_params()
-        data = Accumulator(folds, self.seed, mesh=mesh, count_groups=self.criterion == "logo")
+        folds, seed = head_params.checked(self, given_splits=fold is not None)
+        data = Accumulator(folds, seed, mesh=mesh, count_groups=self.criterion == "logo")
         # Hashing takes a tenth of a pass: not where no row is ever held out with its group, nor a group remembered.
         held_out = self.criterion in ("loo", "logo", "kfold")
         grouped = held_out and (self.criterion != "loo" or self.store_cv_predictions)
 
         def checked() -> Iterator[Rows]:
-            rows = checked_rows(batches(), folds, self.seed, grouped)
+            rows = checked_rows(batches(), folds, seed, grouped)
             return rows if fold is None else with_folds(rows, fold)
 
         def collect() -> None:
@@ -295,28 +295,7 @@ class RidgeHead(FittedHead):
         self.r2_ = np.take_along_axis(fit.cv_results["r2"], chosen[None, :], axis=0)[0]
         self.tau_ = fit.cv_results.get("tau", np.full(len(names), np.nan))
 
-    def _check_params(self) -> int:
-        """The number of folds; ValueError for a parameter that makes no sense."""
-        for name, value, allowed in (
-            ("selection", self.selection, ("cv", "train-mse")),
-            ("solver", self.solver, ("host", "device")),
-            ("refine", self.refine, ("auto", True, False)),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(str, allowed))}")
-        cv: Any = len(self.cv) if isinstance(self.cv, (list, tuple)) else self.cv
-        if cv not in CRITERIA and (isinstance(cv, (str, bool)) or cv < 2):
-            raise ValueError(f"cv={self.cv!r}: a number of folds from 2 on, or one of {', '.join(CRITERIA)}")
-        if isinstance(self.alphas, str):
-            if self.alphas != "auto":
-                raise ValueError(f"alphas={self.alphas!r}: 'auto' or a list of positive numbers")
-        elif not (np.size(self.alphas) and np.all(np.isfinite(self.alphas)) and np.all(np.asarray(self.alphas) > 0)):
-            raise ValueError(f"alphas={self.alphas!r}: every alpha must be a positive number")
-        return int(cv) if self.criterion == "kfold" else 1
-
     @property
     def criterion(self) -> str:
         """What the parameters ask alphas to be chosen by: "kfold", "gcv", "loo", "logo" or "train-mse"."""
-        if self.selection == "train-mse":
-            return self.selection
-        return self.cv if isinstance(self.cv, str) else "kfold"
+        return head_params.criterion(self)

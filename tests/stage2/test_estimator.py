@@ -4,10 +4,10 @@ import warnings
 
 import numpy as np
 import pytest
-from sklearn.model_selection import cross_val_score
+from sklearn.model_selection import KFold, cross_val_score
 from sklearn.utils.estimator_checks import check_estimator
 
-from multitap_jax.stage2 import DataError, RidgeHead
+from multitap_jax.stage2 import DataError, RidgeHead, persist
 from tests.stage2.data import embeddings, sklearn_predictions
 
 
@@ -80,3 +80,25 @@ def test_weights_and_lengths():
         RidgeHead().fit(x, y, objective_names=["a", "b"])
     with pytest.raises(DataError, match="expecting 40 features"):
         RidgeHead().partial_fit(x, y).partial_fit(x[:, :3], y)
+
+
+@pytest.mark.parametrize("cv", [None, 2.7, 5.0, float("nan"), True, 1, -3, "all", KFold(3), np.arange(3)], ids=repr)
+def test_a_cv_that_says_no_folds_is_refused(cv):
+    with pytest.raises(ValueError, match=r"^cv=.*: a number of folds from 2 on, one of gcv, loo, logo, or for arrays"):
+        RidgeHead(cv=cv).fit(*embeddings(60, 8))
+    if isinstance(cv, KFold):
+        assert RidgeHead(cv=list(cv.split(np.zeros((60, 8))))).fit(*embeddings(60, 8)).criterion_ == "kfold"
+
+
+@pytest.mark.parametrize("seed", [None, -5, 0.5, 2**64, "one"])
+def test_a_seed_is_a_whole_number(seed):
+    with pytest.raises(ValueError, match=r"^seed=.*: a whole number from 0"):
+        RidgeHead(seed=seed).fit(*embeddings(60, 8))
+
+
+def test_numbers_of_numpy_are_parameters_like_any_other(tmp_path):
+    x, y = embeddings(60, 8)
+    head = RidgeHead(cv=np.int64(3), seed=np.uint8(7))
+    np.testing.assert_array_equal(head.fit(x, y).coef_, RidgeHead(cv=3, seed=7).fit(x, y).coef_)
+    persist.save(head.collect([(x, y)]), tmp_path / "moments")
+    assert persist.load(tmp_path / "moments").seed == 7
