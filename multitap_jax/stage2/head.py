@@ -8,6 +8,7 @@
 The habits are scikit-learn's (parameters, `fit`, `predict`, names ending in an underscore), without needing it.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -180,19 +181,29 @@ class RidgeHead(FittedHead):
         objective_names: Sequence[str] | None = None,
         sources: Sequence[str] | None = None,
     ) -> "RidgeHead":
-        """Adds rows to those of earlier calls and solves again; memory stays that of the moments."""
+        """Adds rows to those of earlier calls and solves again; memory stays that of the moments.
+
+        Raises:
+          DataError: rows or names that do not fit; none of the rows was added. Also an objective that has no labels
+            yet: those rows count.
+        """
         if not hasattr(self, "moments_"):
             self.moments_ = Accumulator(*head_params.checked(self))
-        self._flat = np.asarray(y).ndim == 1
+        data = self.moments_
         batches = array_batches(X, y, sample_weight, groups, sources)
-        if not self.moments_.is_empty and np.shape(X)[1] != self.moments_.num_features:
+        if not data.is_empty and np.shape(X)[1] != data.num_features:
             raise DataError(
-                f"X has {np.shape(X)[1]} features, but RidgeHead is expecting {self.moments_.num_features} features as "
+                f"X has {np.shape(X)[1]} features, but RidgeHead is expecting {data.num_features} features as "
                 "input: partial_fit goes on with the rows before"
             )
-        for rows in checked_rows(batches(), self.moments_.folds, self.moments_.seed):
-            self.moments_.add(rows)
-        return self._solve(self.moments_, None, objective_names or getattr(self, "objective_names_", None), None, {})
+        every = list(checked_rows(batches(), data.folds, data.seed))
+        names = objective_names or getattr(self, "objective_names_", None)
+        if names is not None and every:
+            _objective_names(names, every[0].y.shape[1])
+        for rows in every:
+            data.add(rows)
+        self._flat = np.asarray(y).ndim == 1
+        return self._solve(data, None, names, None, {})
 
     def add_objectives(
         self,
@@ -260,9 +271,7 @@ class RidgeHead(FittedHead):
         source_weights: Mapping[str, float],
     ) -> "RidgeHead":
         count = len(data.labels.observed)
-        if names is not None and len(names) != count:
-            raise DataError(f"{len(names)} objective names for {count} label columns")
-        every = tuple(names) if names is not None else tuple(f"objective_{i}" for i in range(count))
+        every = _objective_names(names, count)
         targets = np.arange(count) if objectives is None else np.asarray(objectives, np.int64)
         if len(targets) == 0 or not ((targets >= 0) & (targets < count)).all() or len(set(targets)) < len(targets):
             raise DataError(f"objectives={objectives}: distinct indices from 0 to {count - 1} are expected")
@@ -299,3 +308,14 @@ class RidgeHead(FittedHead):
     def criterion(self) -> str:
         """What the parameters ask alphas to be chosen by: "kfold", "gcv", "loo", "logo" or "train-mse"."""
         return head_params.criterion(self)
+
+
+def _objective_names(names: Sequence[str] | None, count: int) -> tuple[str, ...]:
+    """Names of all objectives, numbered ones where none are given; DataError unless there are `count` distinct ones."""
+    if names is None:
+        return tuple(f"objective_{i}" for i in range(count))
+    if len(names) != count:
+        raise DataError(f"{len(names)} objective names for {count} label columns")
+    if twice := sorted(name for name, times in Counter(names).items() if times > 1):
+        raise DataError(f"objective names {twice} are given more than once; every objective needs its own")
+    return tuple(names)

@@ -102,3 +102,28 @@ def test_numbers_of_numpy_are_parameters_like_any_other(tmp_path):
     np.testing.assert_array_equal(head.fit(x, y).coef_, RidgeHead(cv=3, seed=7).fit(x, y).coef_)
     persist.save(head.collect([(x, y)]), tmp_path / "moments")
     assert persist.load(tmp_path / "moments").seed == 7
+
+
+def test_names_are_given_once():
+    x, y = embeddings(60, 8)
+    with pytest.raises(DataError, match=r"objective names \['a'\] are given more than once"):
+        RidgeHead().fit(x, y, objective_names=["a", "b", "a"])
+
+
+@pytest.mark.parametrize("bad", ["row", "label", "name", "twice"])
+def test_a_partial_fit_that_fails_adds_no_row(bad):
+    """Though the batches before the bad row are sound."""
+    x, y = embeddings(5000, 8)
+    names, broken, labels = ["a", "b", "c"], x.copy(), y.copy()
+    if bad == "row":
+        broken[4500, 0] = np.nan
+    elif bad == "label":
+        labels[4500, 0] = np.inf
+    wrong = {"name": ["a"], "twice": ["a", "a", "b"]}.get(bad, names)
+    once = RidgeHead([1e4], cv=3).partial_fit(x, y, objective_names=names)
+    head = RidgeHead([1e4], cv=3)
+    with pytest.raises(DataError):
+        head.partial_fit(broken, labels, objective_names=wrong)
+    head.partial_fit(x, y, objective_names=names)
+    assert head.n_rows_ == 5000
+    np.testing.assert_array_equal(head.coef_, once.coef_)
