@@ -163,6 +163,9 @@ class RidgeHead(FittedHead):
           objectives: indices of those to fit; None: all.
           source_weights: by which the sample weights of a source (a data set) are multiplied.
           leave_out: sources that do not count at all.
+
+        Raises:
+          DataError: other folds, a source that no row comes from, or an objective without labels.
         """
         folds, _ = head_params.checked(self)
         if data.folds != folds:
@@ -170,6 +173,8 @@ class RidgeHead(FittedHead):
         weights = {**(source_weights or {}), **dict.fromkeys(leave_out, 0.0)}
         if any(not (np.isfinite(weight) and weight >= 0) for weight in weights.values()):
             raise DataError(f"source_weights={weights}: weights must be finite and >= 0")
+        if weights:
+            _check_sources(data, weights)
         return self._solve(data, None, objective_names, objectives, weights)
 
     def partial_fit(
@@ -319,3 +324,14 @@ def _objective_names(names: Sequence[str] | None, count: int) -> tuple[str, ...]
     if twice := sorted(name for name, times in Counter(names).items() if times > 1):
         raise DataError(f"objective names {twice} are given more than once; every objective needs its own")
     return tuple(names)
+
+
+def _check_sources(data: Accumulator, sources: Iterable[str]) -> None:
+    """DataError for a source that none of the collected rows come from, and which would change nothing."""
+    rows, kept = data.labels.num_rows, data.kept
+    known = set(kept.source.tolist()) if kept is not None else {key.source for key in data.statistics()}
+    if unknown := sorted(set(sources) - known):
+        raise DataError(
+            f"leave_out or source_weights name {unknown}, but the rated ones of the {rows} rows come from "
+            f"{sorted(known)}; give one of these"
+        )
