@@ -9,7 +9,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ from multitap_jax.parallel import watchdog
 from multitap_jax.parallel.clusters import Place, find_place
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 TIMEOUT = 300  # seconds in which all processes of a run have to come
 HEARTBEAT = 100  # seconds without a sign of life after which a process counts as dead, and the run as over
 LOST = 76  # exit code (EX_PROTOCOL of sysexits.h) of a process that had to end because another did
@@ -28,6 +29,10 @@ _MARGIN = 60  # by which JAX waits longer than we do: it aborts without a word o
 
 class RendezvousError(RuntimeError):
     """The processes of a run did not find each other; the message says who waited for whom, and what to check."""
+
+
+class OtherProcessError(RuntimeError):
+    """Another process of the run failed in what all must succeed at; the message says which, and of what."""
 
 
 def initialize(
@@ -147,7 +152,7 @@ def leave(code: int, error: BaseException | None = None, explained: bool = True)
     if not jax.distributed.is_initialized():
         return code
     name = f"process {jax.process_index()} of {jax.process_count()}"
-    if error is not None and _OF_ANOTHER.search(str(error)):
+    if error is not None and (isinstance(error, OtherProcessError) or _OF_ANOTHER.search(str(error))):
         first = str(error).partition("\n")[0]
         code, why = LOST, f"{name} lost another process, whose log says why that one ended ({first})"
     else:
@@ -190,6 +195,31 @@ def divided(items: Sequence[Item], work: Callable[[Sequence[Item]], list[Any]]) 
         return work(items)
     parts = [json.loads(part) for part in from_each_process(json.dumps(work(items[index::count])).encode())]
     return [parts[place % count][place // count] for place in range(len(items))]
+
+
+def all_or_none(work: Callable[[], Result]) -> Result:
+    """work(), which each process does on its own, at about the pace of the others. Collective.
+
+    An error in one would leave the others waiting for it in their next collective; here it ends all of them.
+
+    Raises:
+      OtherProcessError: work failed elsewhere. Where it failed here, its own error.
+    """
+    if jax.process_count() == 1:
+        return work()
+    failure, result = None, None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+    told = json.dumps(None if failure is None else f"{type(failure).__name__}: {failure}").encode()
+    said = [json.loads(part) for part in from_each_process(told)]
+    if failure is not None:
+        raise failure
+    for process, what in enumerate(said):
+        if what is not None:
+            raise OtherProcessError(f"process {process} of {len(said)} failed ({what}), and the run with it")
+    return cast(Result, result)
 
 
 def _broadcast(content: bytes, source: int) -> bytes:

@@ -29,7 +29,8 @@ from multitap_jax.scoring.journal import input_fingerprint
 from multitap_jax.scoring.parts import Block, Parts
 from multitap_jax.scoring.progress import progress_bar
 from multitap_jax.scoring.scorer import Scorer
-from multitap_jax.stage2.store import EmbeddingStore, EmbeddingWriter
+from multitap_jax.stage2.store import EmbeddingStore
+from multitap_jax.stage2.store_writer import EmbeddingWriter
 
 WINDOW = 1024
 JUDGED_FROM = 1000  # lines from which a high share of rejected ones stops the run before its end

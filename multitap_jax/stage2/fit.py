@@ -18,7 +18,8 @@ from multitap_jax.scoring.parts import blocks
 from multitap_jax.scoring.progress import progress_bar
 from multitap_jax.scoring.scorer import Scorer
 from multitap_jax.stage2.embed import WINDOW, embed_stream, link_records, scan
-from multitap_jax.stage2.head import CRITERIA, RidgeHead
+from multitap_jax.stage2.head import RidgeHead
+from multitap_jax.stage2.head_params import CRITERIA
 from multitap_jax.stage2.store import EmbeddingStore
 
 OFFICIAL_ALPHAS = (1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)

@@ -158,6 +158,8 @@ class FittedHead(Estimator):
     def save(self, path: str | Path, uncertainty: bool = False) -> Path:
         """Writes PATH.safetensors with its PATH.json, or ridge.safetensors and ridge.json in the folder PATH.
 
+        The first is the whole head; the JSON shows what its metadata say. A kill leaves the head before or this one.
+
         `uncertainty` also keeps what `return_std` and `leverage` need: H^2 numbers for each set of training rows.
         """
         self._check_fitted()

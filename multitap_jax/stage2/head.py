@@ -8,20 +8,20 @@
 The habits are scikit-learn's (parameters, `fit`, `predict`, names ending in an underscore), without needing it.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from multitap_jax.stage2 import head_tables, persist
+from multitap_jax.parallel.distributed import all_or_none
+from multitap_jax.stage2 import head_params, head_tables, persist
 from multitap_jax.stage2.accumulator import Accumulator
 from multitap_jax.stage2.fitted import FittedHead
 from multitap_jax.stage2.fitting import HeadFit, Replay, Settings, fit_heads
 from multitap_jax.stage2.rows import DataError, Rows, array_batches, checked_rows, folds_of_splits, with_folds
 from multitap_jax.stage2.store import EmbeddingStore
-
-CRITERIA = ("gcv", "loo", "logo")
 
 
 class RidgeHead(FittedHead):
@@ -32,7 +32,7 @@ class RidgeHead(FittedHead):
         units of scikit-learn's `Ridge`.
       cv: number of folds (rows of one group stay together; the fold is a hash of the group, or of the row where there
         are no groups), "gcv", "loo" (exact leave-one-out) or "logo" (exact leave-one-group-out). The last two read the
-        rows a second time. For arrays also a list of splits (train indices, test indices).
+        rows a second time. For arrays also a list of splits (train, test): indices, or masks bool[N].
       alpha_per_target: an alpha for each objective, or one for all.
       fit_intercept: False: neither X nor Y is centred.
       standardize: divide each feature by its deviation over the rated rows first; `coef_` is of X itself either way.
@@ -100,16 +100,24 @@ class RidgeHead(FittedHead):
         """
         batches = array_batches(X, y, sample_weight, groups, sources)
         flat = np.asarray(y).ndim == 1
-        fold = folds_of_splits(self.cv, len(X)) if isinstance(self.cv, (list, tuple)) else None
+        fold = None
+        if isinstance(self.cv, (list, tuple)) and self.criterion == "kfold":
+            fold = folds_of_splits(self.cv, len(X))
         return self._fit(batches, True, objective_names, mesh, flat, fold)
 
     def fit_store(self, store: EmbeddingStore, mesh: jax.sharding.Mesh | None = None) -> "RidgeHead":
         """Fits a whole embedding store, shard by shard; memory does not grow with its embeddings.
 
         With several processes and a `mesh` over them, each reads its share of the shards and all get the same head.
+
+        Raises:
+          StoreError: a missing or damaged shard.   DataError: labels that cannot be fitted.
+          OtherProcessError: of another process's share.
         """
         share = (jax.process_index(), jax.process_count()) if mesh is not None else (0, 1)
-        return self._fit(lambda: store.batches(share=share, as_stored=True), True, store.objectives, mesh)
+        return self._fit(
+            lambda: store.batches(share=share, as_stored=True), True, store.objectives, mesh, in_step=mesh is not None
+        )
 
     def fit_stream(
         self,
@@ -121,7 +129,8 @@ class RidgeHead(FittedHead):
 
         A generator is read once. An iterable that can be read again (a list, a loader object) is, to refine the
         coefficients to full precision and to give held-out predictions. With several processes and a `mesh` over them,
-        each gives its own rows.
+        each gives its own rows; one whose batches fail raises at once, and the others, which it cannot reach, must be
+        ended too.
         """
         once = iter(batches) is batches
         return self._fit(lambda: batches, not once, objective_names, mesh)
@@ -130,10 +139,10 @@ class RidgeHead(FittedHead):
         self, batches: Iterable[Sequence[Any]] | EmbeddingStore, mesh: jax.sharding.Mesh | None = None
     ) -> Accumulator:
         """Only collects moments, for `fit_moments` to solve any number of times; persist.py saves and merges them."""
-        folds = self._check_params()
-        data = Accumulator(folds, self.seed, mesh=mesh, count_groups=self.criterion == "logo")
+        folds, seed = head_params.checked(self)
+        data = Accumulator(folds, seed, mesh=mesh, count_groups=self.criterion == "logo")
         found: Iterable[Any] = batches.batches(as_stored=True) if isinstance(batches, EmbeddingStore) else batches
-        for rows in checked_rows(found, folds, self.seed):
+        for rows in checked_rows(found, folds, seed):
             data.add(rows)
         return data
 
@@ -154,13 +163,18 @@ class RidgeHead(FittedHead):
           objectives: indices of those to fit; None: all.
           source_weights: by which the sample weights of a source (a data set) are multiplied.
           leave_out: sources that do not count at all.
+
+        Raises:
+          DataError: other folds, a source that no row comes from, or an objective without labels.
         """
-        folds = self._check_params()
+        folds, _ = head_params.checked(self)
         if data.folds != folds:
             raise DataError(f"the moments were collected for {data.folds} folds, this head has {folds}; collect again")
         weights = {**(source_weights or {}), **dict.fromkeys(leave_out, 0.0)}
         if any(not (np.isfinite(weight) and weight >= 0) for weight in weights.values()):
             raise DataError(f"source_weights={weights}: weights must be finite and >= 0")
+        if weights:
+            _check_sources(data, weights)
         return self._solve(data, None, objective_names, objectives, weights)
 
     def partial_fit(
@@ -172,19 +186,29 @@ class RidgeHead(FittedHead):
         objective_names: Sequence[str] | None = None,
         sources: Sequence[str] | None = None,
     ) -> "RidgeHead":
-        """Adds rows to those of earlier calls and solves again; memory stays that of the moments."""
+        """Adds rows to those of earlier calls and solves again; memory stays that of the moments.
+
+        Raises:
+          DataError: rows or names that do not fit; none of the rows was added. Also an objective that has no labels
+            yet: those rows count.
+        """
         if not hasattr(self, "moments_"):
-            self.moments_ = Accumulator(self._check_params(), self.seed)
-        self._flat = np.asarray(y).ndim == 1
+            self.moments_ = Accumulator(*head_params.checked(self))
+        data = self.moments_
         batches = array_batches(X, y, sample_weight, groups, sources)
-        if not self.moments_.is_empty and np.shape(X)[1] != self.moments_.num_features:
+        if not data.is_empty and np.shape(X)[1] != data.num_features:
             raise DataError(
-                f"X has {np.shape(X)[1]} features, but RidgeHead is expecting {self.moments_.num_features} features as "
+                f"X has {np.shape(X)[1]} features, but RidgeHead is expecting {data.num_features} features as "
                 "input: partial_fit goes on with the rows before"
             )
-        for rows in checked_rows(batches(), self.moments_.folds, self.seed):
-            self.moments_.add(rows)
-        return self._solve(self.moments_, None, objective_names or getattr(self, "objective_names_", None), None, {})
+        every = list(checked_rows(batches(), data.folds, data.seed))
+        names = objective_names or getattr(self, "objective_names_", None)
+        if names is not None and every:
+            _objective_names(names, every[0].y.shape[1])
+        for rows in every:
+            data.add(rows)
+        self._flat = np.asarray(y).ndim == 1
+        return self._solve(data, None, names, None, {})
 
     def add_objectives(
         self,
@@ -218,20 +242,25 @@ class RidgeHead(FittedHead):
         mesh: jax.sharding.Mesh | None = None,
         flat: bool = False,
         fold: np.ndarray | None = None,
+        in_step: bool = False,
     ) -> "RidgeHead":
-        folds = self._check_params()
-        data = Accumulator(folds, self.seed, mesh=mesh, count_groups=self.criterion == "logo")
+        """Collects all batches and solves; `in_step`: processes that read at one pace tell each other of errors."""
+        folds, seed = head_params.checked(self, given_splits=fold is not None)
+        data = Accumulator(folds, seed, mesh=mesh, count_groups=self.criterion == "logo")
         # Hashing takes a tenth of a pass: not where no row is ever held out with its group, nor a group remembered.
         held_out = self.criterion in ("loo", "logo", "kfold")
         grouped = held_out and (self.criterion != "loo" or self.store_cv_predictions)
 
         def checked() -> Iterator[Rows]:
-            rows = checked_rows(batches(), folds, self.seed, grouped)
+            rows = checked_rows(batches(), folds, seed, grouped)
             return rows if fold is None else with_folds(rows, fold)
 
-        for rows in checked():
-            data.add(rows)
-        data.settle()
+        def collect() -> None:
+            for rows in checked():
+                data.add(rows)
+            data.settle()
+
+        all_or_none(collect) if in_step else collect()
         if mesh is not None and jax.process_count() > 1:
             data = persist.gather(data)
         replay = checked if replayable else None
@@ -247,9 +276,7 @@ class RidgeHead(FittedHead):
         source_weights: Mapping[str, float],
     ) -> "RidgeHead":
         count = len(data.labels.observed)
-        if names is not None and len(names) != count:
-            raise DataError(f"{len(names)} objective names for {count} label columns")
-        every = tuple(names) if names is not None else tuple(f"objective_{i}" for i in range(count))
+        every = _objective_names(names, count)
         targets = np.arange(count) if objectives is None else np.asarray(objectives, np.int64)
         if len(targets) == 0 or not ((targets >= 0) & (targets < count)).all() or len(set(targets)) < len(targets):
             raise DataError(f"objectives={objectives}: distinct indices from 0 to {count - 1} are expected")
@@ -282,28 +309,29 @@ class RidgeHead(FittedHead):
         self.r2_ = np.take_along_axis(fit.cv_results["r2"], chosen[None, :], axis=0)[0]
         self.tau_ = fit.cv_results.get("tau", np.full(len(names), np.nan))
 
-    def _check_params(self) -> int:
-        """The number of folds; ValueError for a parameter that makes no sense."""
-        for name, value, allowed in (
-            ("selection", self.selection, ("cv", "train-mse")),
-            ("solver", self.solver, ("host", "device")),
-            ("refine", self.refine, ("auto", True, False)),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(str, allowed))}")
-        cv: Any = len(self.cv) if isinstance(self.cv, (list, tuple)) else self.cv
-        if cv not in CRITERIA and (isinstance(cv, (str, bool)) or cv < 2):
-            raise ValueError(f"cv={self.cv!r}: a number of folds from 2 on, or one of {', '.join(CRITERIA)}")
-        if isinstance(self.alphas, str):
-            if self.alphas != "auto":
-                raise ValueError(f"alphas={self.alphas!r}: 'auto' or a list of positive numbers")
-        elif not (np.size(self.alphas) and np.all(np.isfinite(self.alphas)) and np.all(np.asarray(self.alphas) > 0)):
-            raise ValueError(f"alphas={self.alphas!r}: every alpha must be a positive number")
-        return int(cv) if self.criterion == "kfold" else 1
-
     @property
     def criterion(self) -> str:
         """What the parameters ask alphas to be chosen by: "kfold", "gcv", "loo", "logo" or "train-mse"."""
-        if self.selection == "train-mse":
-            return self.selection
-        return self.cv if isinstance(self.cv, str) else "kfold"
+        return head_params.criterion(self)
+
+
+def _objective_names(names: Sequence[str] | None, count: int) -> tuple[str, ...]:
+    """Names of all objectives, numbered ones where none are given; DataError unless there are `count` distinct ones."""
+    if names is None:
+        return tuple(f"objective_{i}" for i in range(count))
+    if len(names) != count:
+        raise DataError(f"{len(names)} objective names for {count} label columns")
+    if twice := sorted(name for name, times in Counter(names).items() if times > 1):
+        raise DataError(f"objective names {twice} are given more than once; every objective needs its own")
+    return tuple(names)
+
+
+def _check_sources(data: Accumulator, sources: Iterable[str]) -> None:
+    """DataError for a source that none of the collected rows come from, and which would change nothing."""
+    rows, kept = data.labels.num_rows, data.kept
+    known = set(kept.source.tolist()) if kept is not None else {key.source for key in data.statistics()}
+    if unknown := sorted(set(sources) - known):
+        raise DataError(
+            f"leave_out or source_weights name {unknown}, but the rated ones of the {rows} rows come from "
+            f"{sorted(known)}; give one of these"
+        )

@@ -79,7 +79,10 @@ def check_format(data: Mapping[str, Any]) -> None:
 
 
 def save(head: "FittedHead", path: Path, uncertainty: bool) -> Path:
-    """Writes PATH.safetensors with its PATH.json, or ridge.safetensors and ridge.json in the folder PATH."""
+    """Writes PATH.safetensors with its PATH.json, or ridge.safetensors and ridge.json in the folder PATH.
+
+    The first is the head, metadata included, and so replaced as a whole; the second shows people what is in it.
+    """
     file = _head_file(path)
     file.parent.mkdir(parents=True, exist_ok=True)
     arrays = to_arrays(head)
@@ -87,8 +90,9 @@ def save(head: "FittedHead", path: Path, uncertainty: bool) -> Path:
         for number, posterior in enumerate(head.posteriors_):
             arrays |= {f"posterior.{number}.{name}": value for name, value in posterior.to_arrays().items()}
     content = {key: np.array(value, order="C") for key, value in arrays.items()}
-    write_atomic(file.with_suffix(".json"), json.dumps(metadata(head), indent=1).encode())
-    write_atomic(file, safetensors.numpy.save(content))
+    about = json.dumps(metadata(head), indent=1)
+    write_atomic(file, safetensors.numpy.save(content, {"head": about}))
+    write_atomic(file.with_suffix(".json"), about.encode())
     return file
 
 
@@ -100,8 +104,11 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """
     file = _head_file(path)
     try:
-        arrays = safetensors.numpy.load(file.read_bytes())
-        data = json.loads(file.with_suffix(".json").read_text("utf-8"))
+        content = file.read_bytes()
+        arrays = safetensors.numpy.load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        about = header.get("__metadata__", {}).get("head")  # heads saved before it was there have it beside them alone
+        data = json.loads(file.with_suffix(".json").read_text("utf-8") if about is None else about)
         check_format(data)
         return arrays, data
     except (OSError, ValueError, KeyError, AttributeError, TypeError, safetensors.SafetensorError) as error:

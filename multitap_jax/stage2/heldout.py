@@ -162,7 +162,7 @@ def predict(
         predicted = _by_fold_heads(every, data.folds, settings, alpha, replay)
     else:
         predicted = _by_leaving_out(every, data, settings, alpha, replay)
-    labels, groups = [], []
+    labels, groups = _no_rows(alpha), [np.empty(0, np.uint64)]
     for rows in replay():
         labels.append(rows.y[:, settings.targets].astype(np.float32))
         groups.append(rows.group)
@@ -170,6 +170,11 @@ def predict(
     for target in np.flatnonzero(flat):
         predicted[:, target] = next(system.label_mean[0] for system in every if target in system.targets)
     return HeldOut(predicted, given, np.concatenate(groups))
+
+
+def _no_rows(alpha: np.ndarray) -> list[np.ndarray]:
+    """What per-row arrays float32[n, T] are appended to: a process may have no rows of its own."""
+    return [np.empty((0, len(alpha)), np.float32)]
 
 
 def _by_fold_heads(
@@ -187,7 +192,7 @@ def _by_fold_heads(
             else:
                 w, b = _fold_head_of_rows(system, fold, own, settings.fit_intercept)
             coef[fold, system.targets], intercept[fold, system.targets] = w / system.scale[None, :], b
-    parts = []
+    parts = _no_rows(alpha)
     for rows in replay():
         x, out = rows.x.astype(np.float64), np.empty((len(rows.x), len(alpha)), np.float32)
         for fold in np.unique(rows.fold):
@@ -239,7 +244,7 @@ def _by_leaving_out(
         return np.nan_to_num(rows.y[:, settings.targets]) - out
 
     if settings.criterion == "loo":
-        return np.concatenate([residuals(rows, None) for rows in replay()]).astype(np.float32)
+        return np.concatenate([*_no_rows(alpha), *(residuals(rows, None).astype(np.float32) for rows in replay())])
     # Whole groups come in another order than the rows: a running number of the row takes them back.
     first, predicted = 0, np.empty((data.labels.num_rows, len(alpha)), np.float32)
 

@@ -130,20 +130,37 @@ def with_folds(batches: Iterable[Rows], fold: np.ndarray) -> Iterator[Rows]:
 
 
 def folds_of_splits(splits: Sequence[tuple[Any, Any]], num_rows: int) -> np.ndarray:
-    """int[N], the fold in which each row is held out by splits (train indices, test indices).
+    """int[N], the fold in which each row is held out by splits (train, test): indices, or masks bool[N].
 
     Raises:
       DataError: the test sets are no partition of the rows, or a training set is not all the other rows.
     """
     fold = np.full(num_rows, -1)
-    for index, (train, test) in enumerate(splits):
-        held, rest = np.unique(test), np.unique(train)
-        if (fold[held] >= 0).any() or len(held) + len(rest) != num_rows or len(np.intersect1d(held, rest)):
-            raise DataError(f"split {index} of cv: every row must be held out once, and trained on in all other splits")
-        fold[held] = index
+    for number, split in enumerate(splits):
+        if not isinstance(split, (list, tuple)) or len(split) != 2:
+            raise DataError(f"split {number} of cv is {type(split).__name__}; a pair (train, test) is expected")
+        train, test = (_row_numbers(part, num_rows, f"split {number} of cv") for part in split)
+        if (fold[test] >= 0).any() or len(test) + len(train) != num_rows or len(np.intersect1d(test, train)):
+            raise DataError(
+                f"split {number} of cv: every row must be held out once, and trained on in all other splits"
+            )
+        fold[test] = number
     if (fold < 0).any():
         raise DataError(f"{(fold < 0).sum()} rows are held out by no split of cv; every row must be held out once")
     return fold
+
+
+def _row_numbers(part: Any, num_rows: int, whose: str) -> np.ndarray:
+    """int[n], sorted, of distinct indices from 0 to N - 1, or of a mask bool[N]."""
+    given = np.asarray(part)
+    if given.dtype == bool and given.shape == (num_rows,):
+        return np.flatnonzero(given)
+    found = np.unique(given) if given.size else np.empty(0, np.int64)
+    if given.ndim != 1 or found.dtype.kind not in "iu" or len(found) < len(given):
+        raise DataError(f"{whose}: distinct row numbers or a mask bool[{num_rows}] are expected, not {part!r}")
+    if len(found) and not 0 <= found[0] <= found[-1] < num_rows:
+        raise DataError(f"{whose} names row {found[0] if found[0] < 0 else found[-1]}; rows are 0 to {num_rows - 1}")
+    return found
 
 
 def _is_sound(x: np.ndarray) -> bool:

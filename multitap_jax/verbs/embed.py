@@ -4,7 +4,7 @@
 
 Writes sharded safetensors with ids, groups and ratings beside the embeddings, and a manifest; unusable records go to
 rejected.jsonl in the same folder. Killed and started again, it goes on after the last finished shard. `fit` takes the
-folder as --embeddings; NumPy reads it in three lines (multitap_jax/stage2/store.py).
+folder as --embeddings; NumPy reads it in three lines (multitap_jax/stage2/store_format.py).
 """
 
 from absl import flags

@@ -1,19 +1,25 @@
 """Where a process stands: from flags, variables, Slurm, JobSet and Cloud TPU; and what is wrong, in words."""
 
+import os
 import subprocess
 import time
 
+import jax
 import pytest
 
 from multitap_jax.parallel import clusters
 from multitap_jax.parallel.clusters import find_place
 from multitap_jax.parallel.distributed import (
+    LOST,
+    OtherProcessError,
+    all_or_none,
     barrier,
     divided,
     from_each_process,
     from_main,
     initialize,
     is_main_process,
+    leave,
 )
 from tests.parallel.group import CLI, ROOT, environment, free_port, start
 
@@ -135,3 +141,18 @@ def test_a_process_that_hangs_ends_and_so_does_the_one_that_waits_for_it(tmp_pat
     stuck = next(group.log(index) for index in (1, 0) if codes[index] == 75)
     assert "has made no progress for 4 s, since its start; either it hangs" in stuck
     assert "most recent call first" in stuck
+
+
+def test_the_echo_of_another_process_has_its_own_exit_code(monkeypatch):
+    codes = []
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(os, "_exit", codes.append)
+    leave(1, ValueError("its own"))
+    leave(1, OtherProcessError("process 1 of 2 failed (StoreError: damaged), and the run with it"))
+    assert codes == [1, LOST]
+
+
+def test_one_process_alone_needs_no_agreement():
+    assert all_or_none(lambda: 3) == 3
+    with pytest.raises(ZeroDivisionError):
+        all_or_none(lambda: 1 // 0)

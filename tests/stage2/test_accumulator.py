@@ -140,6 +140,17 @@ def test_solving_again_equals_fitting_the_chosen_rows(rows, tmp_path):
     assert again.objective_names_ == ("objective_2", "objective_0")
 
 
+@pytest.mark.parametrize("rows", [90, 1500])
+def test_a_source_that_no_row_comes_from_is_named(rows):
+    x, y = embeddings(rows, 12)
+    data = RidgeHead([1e3], cv=3).collect([RawBatch(x, y, None, None, np.array(["a", "b"])[np.arange(rows) % 2])])
+    head = RidgeHead([1e3], cv=3)
+    for weights in ({"leave_out": ["typo"]}, {"source_weights": {"typo": 3.0, "a": 1.0}}):
+        with pytest.raises(DataError, match=rf"name \['typo'\], .* {rows} rows come from \['a', 'b'\]"):
+            head.fit_moments(data, **weights)
+    assert head.fit_moments(data, leave_out=["a"]).n_observed_[0] == rows // 2
+
+
 def test_moments_that_do_not_fit_are_refused(tmp_path):
     x, y = embeddings(50)
     data = RidgeHead(cv=3).collect([(x, y)])

@@ -4,10 +4,10 @@ import warnings
 
 import numpy as np
 import pytest
-from sklearn.model_selection import cross_val_score
+from sklearn.model_selection import KFold, cross_val_score
 from sklearn.utils.estimator_checks import check_estimator
 
-from multitap_jax.stage2 import DataError, RidgeHead
+from multitap_jax.stage2 import DataError, RidgeHead, persist
 from tests.stage2.data import embeddings, sklearn_predictions
 
 
@@ -80,3 +80,50 @@ def test_weights_and_lengths():
         RidgeHead().fit(x, y, objective_names=["a", "b"])
     with pytest.raises(DataError, match="expecting 40 features"):
         RidgeHead().partial_fit(x, y).partial_fit(x[:, :3], y)
+
+
+@pytest.mark.parametrize("cv", [None, 2.7, 5.0, float("nan"), True, 1, -3, "all", KFold(3), np.arange(3)], ids=repr)
+def test_a_cv_that_says_no_folds_is_refused(cv):
+    with pytest.raises(ValueError, match=r"^cv=.*: a number of folds from 2 on, one of gcv, loo, logo, or for arrays"):
+        RidgeHead(cv=cv).fit(*embeddings(60, 8))
+    if isinstance(cv, KFold):
+        assert RidgeHead(cv=list(cv.split(np.zeros((60, 8))))).fit(*embeddings(60, 8)).criterion_ == "kfold"
+
+
+@pytest.mark.parametrize("seed", [None, -5, 0.5, 2**64, "one"])
+def test_a_seed_is_a_whole_number(seed):
+    with pytest.raises(ValueError, match=r"^seed=.*: a whole number from 0"):
+        RidgeHead(seed=seed).fit(*embeddings(60, 8))
+
+
+def test_numbers_of_numpy_are_parameters_like_any_other(tmp_path):
+    x, y = embeddings(60, 8)
+    head = RidgeHead(cv=np.int64(3), seed=np.uint8(7))
+    np.testing.assert_array_equal(head.fit(x, y).coef_, RidgeHead(cv=3, seed=7).fit(x, y).coef_)
+    persist.save(head.collect([(x, y)]), tmp_path / "moments")
+    assert persist.load(tmp_path / "moments").seed == 7
+
+
+def test_names_are_given_once():
+    x, y = embeddings(60, 8)
+    with pytest.raises(DataError, match=r"objective names \['a'\] are given more than once"):
+        RidgeHead().fit(x, y, objective_names=["a", "b", "a"])
+
+
+@pytest.mark.parametrize("bad", ["row", "label", "name", "twice"])
+def test_a_partial_fit_that_fails_adds_no_row(bad):
+    """Though the batches before the bad row are sound."""
+    x, y = embeddings(5000, 8)
+    names, broken, labels = ["a", "b", "c"], x.copy(), y.copy()
+    if bad == "row":
+        broken[4500, 0] = np.nan
+    elif bad == "label":
+        labels[4500, 0] = np.inf
+    wrong = {"name": ["a"], "twice": ["a", "a", "b"]}.get(bad, names)
+    once = RidgeHead([1e4], cv=3).partial_fit(x, y, objective_names=names)
+    head = RidgeHead([1e4], cv=3)
+    with pytest.raises(DataError):
+        head.partial_fit(broken, labels, objective_names=wrong)
+    head.partial_fit(x, y, objective_names=names)
+    assert head.n_rows_ == 5000
+    np.testing.assert_array_equal(head.coef_, once.coef_)

@@ -1,11 +1,13 @@
 """RidgeHead against scikit-learn in float64 and against loops that refit everything."""
 
 import io
+import os
 
 import numpy as np
 import pytest
 import scipy.stats
 from rich.console import Console
+from safetensors.numpy import load_file, save_file
 from sklearn.base import clone
 from sklearn.linear_model import Ridge
 
@@ -271,6 +273,37 @@ def test_a_saved_head_predicts_the_same_bits(tmp_path, name):
         RidgeHead.from_arrays(arrays, head.metadata())
     with pytest.raises(DataError, match="not a saved RidgeHead"):
         RidgeHead.load(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_kill_while_a_head_is_saved_leaves_it_or_the_one_before(tmp_path, monkeypatch, call):
+    """And no coefficients under the metadata of others: fewer rows, other names and alphas of the same shape."""
+    x, y = embeddings(200)
+    before = RidgeHead([1e3], cv="gcv").fit(x[:100], y[:100], objective_names=["a", "b", "c"])
+    after = RidgeHead([1e4], cv="gcv").fit(x, y, objective_names=["c", "b", "a"])
+    before.save(tmp_path / "heads")
+    replace, calls = os.replace, iter(range(1, 100))
+
+    def dying(source, target):
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", dying)
+    with pytest.raises(KeyboardInterrupt):
+        after.save(tmp_path / "heads")
+    whole, found = (before, after)[call - 1], RidgeHead.load(tmp_path / "heads")
+    assert found.metadata() == whole.metadata()
+    np.testing.assert_array_equal(found.coef_, whole.coef_)
+
+
+def test_a_head_with_its_metadata_beside_it_alone_is_read(tmp_path):
+    """As they were saved before the tensors had them too."""
+    x, y = embeddings(200)
+    head = RidgeHead([1e3]).fit(x, y)
+    file = head.save(tmp_path / "mine.safetensors")
+    save_file(load_file(file), file)
+    assert RidgeHead.load(file).metadata() == head.metadata()
 
 
 def test_summary_shows_every_objective_and_note():

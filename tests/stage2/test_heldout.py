@@ -129,6 +129,41 @@ def test_given_splits_are_kept():
         RidgeHead(cv=splits[:2]).fit(x, y)
 
 
+def test_splits_are_row_numbers_or_masks_that_exist():
+    x, y = embeddings(90)
+    half, rest = np.arange(90) < 45, np.arange(90) >= 45
+    numbers = [(np.flatnonzero(rest), np.flatnonzero(half)), (list(range(45)), list(range(45, 90)))]
+    masks = RidgeHead(ALPHAS, cv=[(rest, half), (half, rest)]).fit(x, y)
+    np.testing.assert_array_equal(masks.coef_, RidgeHead(ALPHAS, cv=numbers).fit(x, y).coef_)
+    for train, said in (
+        (np.arange(45, 91)[1:], "split 0 of cv names row 90; rows are 0 to 89"),
+        (np.arange(-45, 0), "split 0 of cv names row -45"),
+        (np.arange(45, 90) / 1.0, "split 0 of cv: distinct row numbers or a mask"),
+        (np.r_[45:89, 88], "split 0 of cv: distinct row numbers or a mask"),
+        (rest[:50], "split 0 of cv: distinct row numbers or a mask"),
+        (None, "split 0 of cv: distinct row numbers or a mask"),
+    ):
+        with pytest.raises(DataError, match=said):
+            RidgeHead(cv=[(train, np.arange(45)), numbers[1]]).fit(x, y)
+    with pytest.raises(DataError, match="split 1 of cv is ndarray; a pair"):
+        RidgeHead(cv=[numbers[0], np.arange(45)]).fit(x, y)
+
+
+def test_splits_are_for_arrays_and_for_the_choice_of_alpha():
+    x, y = embeddings(1200, 12)
+    half = np.arange(1200) < 600
+    head = RidgeHead(ALPHAS, cv=[(~half, half), (half, ~half)])
+    for fit in (
+        lambda: head.fit_stream([(x, y)]),
+        lambda: head.collect([(x, y)]),
+        lambda: head.partial_fit(x, y),
+    ):
+        with pytest.raises(ValueError, match="cv is a list of splits, which know rows by their number"):
+            fit()
+    head.set_params(selection="train-mse")  # which holds no row out
+    np.testing.assert_array_equal(head.fit(x, y).coef_, RidgeHead(ALPHAS, selection="train-mse").fit(x, y).coef_)
+
+
 def test_a_second_pass_needs_the_rows_again():
     x, y = embeddings(1200, 12)
     with pytest.raises(DataError, match="reads the rows twice"):

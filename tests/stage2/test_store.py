@@ -11,8 +11,16 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save
 
-from multitap_jax.stage2 import DataError, EmbeddingStore, EmbeddingWriter, RidgeHead, StoreError, persist
-from multitap_jax.stage2 import store as store_module
+from multitap_jax.stage2 import (
+    DataError,
+    EmbeddingStore,
+    EmbeddingWriter,
+    RidgeHead,
+    StoreError,
+    persist,
+    store_format,
+    store_writer,
+)
 from tests.stage2.data import embeddings, with_missing
 
 ROWS, HIDDEN = 115, 6
@@ -59,9 +67,8 @@ def test_round_trip_in_integer_order(tmp_path):
 
 
 def test_order_does_not_come_from_names(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        store_module, "shard_name", lambda index: f"embeddings-{index}.safetensors"
-    )  # sorts 0, 1, 10, 11, 2
+    for module in (store_format, store_writer):
+        monkeypatch.setattr(module, "shard_name", lambda index: f"embeddings-{index}.safetensors")  # sorts 0, 1, 10, 2
     with EmbeddingWriter(tmp_path, **SETTINGS) as writer:
         write(writer)
     check(tmp_path)
@@ -243,6 +250,60 @@ def test_a_foreign_manifest_is_refused(tmp_path, text):
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(StoreError, match=r"manifest\.json"):
         EmbeddingStore(tmp_path)
+
+
+def test_a_disk_that_fails_once_loses_no_row_and_doubles_none(tmp_path, monkeypatch):
+    """At every replacement of a file in turn; the writer is used on."""
+    for call in range(1, 25):
+        replace, calls, failed = os.replace, iter(range(1, 1000)), []
+
+        def failing(source, target, replace=replace, calls=calls, failed=failed, call=call):
+            if next(calls) == call + 1:  # the first is the manifest of the empty store
+                failed.append(target)
+                raise OSError(28, "No space left on device")
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", failing)
+        folder = tmp_path / str(call)
+        writer, (ids, x, y, groups) = EmbeddingWriter(folder, **SETTINGS), rows()
+        for i in range(0, ROWS, 7):
+            part = slice(i, i + 7)
+            with contextlib.suppress(OSError):
+                writer.append(ids[part], x[part], y[part], groups[part])
+            if failed:  # what is in memory and on disk is the same
+                found = EmbeddingStore(folder, allow_partial=True)
+                assert (found.num_rows, len(found.ids)) == (writer.rows_done, writer.rows_done)
+        writer.close()
+        monkeypatch.setattr(os, "replace", replace)
+        assert failed
+        check(folder)
+
+
+def test_a_manifest_that_lacks_something_or_contradicts_itself_is_refused_in_one_error(tmp_path):
+    with EmbeddingWriter(tmp_path, **SETTINGS) as writer:
+        write(writer)
+    path = tmp_path / "manifest.json"
+    good = json.loads(path.read_text())
+    names = ("shards", "rows", "hidden_size", "objectives", "complete", "model_hash", "total", "dtype", "fingerprint")
+
+    def refused(change):
+        path.write_text(json.dumps({key: value for key, value in {**good, **change}.items() if value is not Ellipsis}))
+        with pytest.raises(StoreError, match=r"manifest\.json: cannot be right") as error:
+            EmbeddingStore(tmp_path)
+        with pytest.raises(StoreError, match=r"manifest\.json: cannot be right"):
+            EmbeddingWriter.open_or_resume(tmp_path, **SETTINGS)
+        return str(error.value)
+
+    for name in names:
+        assert f"{name} is missing" in refused({name: ...})
+    everything = refused(dict.fromkeys(names, ...))
+    assert all(f"{name} is missing" in everything for name in names)
+    assert "rows is 120, but its shards have 115" in refused({"rows": 120})
+    assert "complete is True, with 115 rows of 200" in refused({"total": 200})
+    assert "not distinct" in refused({"objectives": ["a", "a"]})
+    said = refused({"hidden_size": True, "dtype": "float16", "complete": "yes", "shards": [{"rows": -1}]})
+    for wrong in ("hidden_size is True", "dtype is 'float16'", "complete is 'yes'", "shard 0 is {'rows': -1}"):
+        assert wrong in said
 
 
 def test_a_manifest_cannot_point_elsewhere(tmp_path):
