@@ -8,7 +8,7 @@ that stand in the table. Needs the extra `test` (torch).
 """
 
 import argparse
-import importlib
+import importlib.util
 import platform
 import tempfile
 from pathlib import Path
@@ -37,6 +37,8 @@ parameter, the largest difference relative to the largest entry of that paramete
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if importlib.util.find_spec("torch") is None:
+        raise SystemExit("the comparison needs torch; pip install -e '.[test]'")
     parser.add_argument("--output", type=Path, help="Markdown file to write; nothing is written without it.")
     args = parser.parse_args()
     import jax

@@ -4,7 +4,7 @@
       --config.model.checkpoint=Qwen2-VL-2B-Instruct --config.data.train=ratings.jsonl
 
 Adapters are merged into the weights of the artefact. Rates are those usual for LoRA, not the paper's. Not yet run on
-published weights; on the demo's checkpoint and 108 real pictures it is the README's example.
+published weights; README shows it on the demo's base.
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs a verb in N processes on this machine; each gets its share of the GPUs, on a CPU they talk over Gloo.
 #
-#   launch/local.sh 2 train --config=configs/lora.py --workdir=run ...     (train may be left out)
+#   launch/local.sh 2 train --config=configs/lora.py --workdir=runs/two ...     (train may be left out)
 #
 # When one fails the others are ended, and its exit code is that of the script; Ctrl-C and SIGTERM reach all of them.
 # MULTITAP names the program (default: multitap), MULTITAP_PORT the port of process 0 (default: a free one).

@@ -12,7 +12,8 @@ usage: multitap VERB [--flag=value ...]        multitap VERB --help explains a v
   import     make a checkpoint of the official MULTI-TAP code into an artefact
   export     write an artefact in another layout (copy, heads alone, official, StableHLO program, vLLM)
 
-The usual way:  train --config=configs/lora.py --workdir=run
+The usual way:  train --config=configs/lora.py --workdir=run --config.model.checkpoint=MODEL \\
+                      --config.data.train=ratings.jsonl
                 fit   --checkpoint=run/artefact --input=ratings.jsonl
                 score --checkpoint=run/artefact --input=pairs.jsonl --output=scores.jsonl
                 evaluate --scores=scores.jsonl --input=ratings.jsonl

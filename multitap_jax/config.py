@@ -56,7 +56,7 @@ class ModelConfig:
       dtype: computation type, "bfloat16" or "float32"; master weights are always float32.
       remat: what the backward pass recomputes: "none", "dots" (keep matrix products), "offload" (keep them in the
         host's memory), "full" (keep layer inputs only).
-      attention: attention backend, see `backbones/attention.py`.
+      attention: attention backend: "auto", "dense", "chunked" or "blockwise" (`backbones/attention.py`).
       position_mode: "mrope" (the architecture's own), "flat" (one running position on all three axes, as the official
         checkpoints were trained), or "auto" (what the checkpoint says, else "mrope").
     """
@@ -90,7 +90,7 @@ class DataConfig:
       holdout: share of groups held out when `evaluation` is empty; 0 disables evaluation.
       target: "score" or "ratings.NAME": the number to learn.
       target_range: the values of the target that map to 0 and 1.
-      prompt: prompt variant (`data/prompts.py`).
+      prompt: "official-train", "official-eval" or "official-stage2" (`data/prompts.py`).
       image_policy: "square:N", "native:MIN:MAX" pixels, "crop:N", "tiles:N", "anyres:N" (see `ImagePolicy`), as
         far as the family knows it, or "auto" (the artefact's, else the family's).
       shuffle: "pairs" (as the official recipe), "groups" (texts of one image stay together: far fewer tokens), "none".
@@ -135,7 +135,7 @@ class OptimizerConfig:
     """AdamW and its learning rate.
 
     Attributes:
-      learning_rate: after the warm-up.
+      learning_rate: of AdamW, once the warm-up is over.
       schedule: "constant", or "cosine" (falls to zero at the last step).
       warmup_ratio: share of the steps in which the rate rises linearly from zero.
       weight_decay: decoupled, on every parameter.
@@ -201,7 +201,7 @@ class TrainableConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices per mesh axis; one of them may be -1 and takes what is left.
+    """Devices per mesh axis; they multiply to the number of devices. One may be -1, which takes what is left.
 
     Attributes:
       data: shares of the batch, each with whole parameters.
@@ -225,7 +225,7 @@ class CheckpointConfig:
       every_minutes: save when the last one is so long ago.
       keep: how many of the newest stay.
       keep_best: how many of the best by held-out numbers stay besides; if any, every evaluated state is saved.
-      best_by: the number that judges: "loss", "tau_b", "tau_c", "pearson", "spearman" or "accuracy".
+      best_by: the number that judges: "loss", "tau_b", "tau_c", "pearson" or "spearman".
       final: which state becomes the artefact, the "last" or the "best" (needs keep_best).
     """
 
@@ -240,7 +240,7 @@ class CheckpointConfig:
         rules: dict[str, Any] = dict.fromkeys(("every_steps", "every_minutes", "keep_best"), (0, math.inf))
         rules |= {
             "keep": (1, math.inf),
-            "best_by": ("loss", "tau_b", "tau_c", "pearson", "spearman", "accuracy"),
+            "best_by": ("loss", "tau_b", "tau_c", "pearson", "spearman"),
             "final": ("last", "best"),
         }
         wrong = _problems("config.checkpoint", self, rules)

@@ -134,7 +134,7 @@ def _described(topology: Topology) -> list[jax.Device]:
         import libtpu  # noqa: F401
     except ImportError:
         raise ConfigError(
-            f"topology {topology.name}: compiling for a TPU needs libtpu: pip install 'multitap_jax[tpu-plan]' "
+            f"topology {topology.name}: compiling for a TPU needs libtpu: pip install -e '.[tpu-plan]' "
             "(no TPU is needed; --topology=cpu:8 needs neither)"
         ) from None
     try:

@@ -201,5 +201,4 @@ def agreement(scores: np.ndarray, targets: np.ndarray) -> dict[str, float | int]
         "tau_c": correlation.kendall_tau(scores, targets, "c"),
         "pearson": correlation.pearson(scores, targets),
         "spearman": correlation.spearman(scores, targets),
-        "accuracy": correlation.accuracy_within(scores, targets),
     }

@@ -83,7 +83,7 @@ def _three(number: float) -> str:
 
 def brief(numbers: Mapping[str, Any]) -> str:
     """Held-out numbers in one line."""
-    names = ("loss", "tau_b", "tau_c", "pearson", "spearman", "accuracy")
+    names = ("loss", "tau_b", "tau_c", "pearson", "spearman")
     return "  ".join(f"{name} {'n/a' if numbers[name] is None else format(numbers[name], '.4f')}" for name in names)
 
 

@@ -61,9 +61,9 @@ def run_training(config: TrainConfig, workdir: str | Path) -> RunResult:
 
 
 def _run(config: TrainConfig, workdir: Path, console: Console) -> RunResult:
-    if not config.model.checkpoint or not config.data.train:
-        missing = "model.checkpoint" if not config.model.checkpoint else "data.train"
-        raise ConfigError(f"config.{missing} is empty; give it as --config.{missing}=PATH")
+    given = {"model.checkpoint": config.model.checkpoint, "data.train": config.data.train}
+    if missing := [name for name, value in given.items() if not value]:
+        raise ConfigError("\n".join(f"config.{name} is empty; give it as --config.{name}=PATH" for name in missing))
     keep_compiled_programs(config.compilation_cache)
     checkpoint = locate(config.model.checkpoint)
     base = checkpoint.folder

@@ -8,7 +8,7 @@ model's config.json alone: no weights, no data, no accelerator. Printed are the 
 has, FLOPs, how fast the step can be at best, the largest collectives, and whether it fits.
 
 --model is a folder with a config.json, or a published size by name; without it, config.model.checkpoint. TPU topologies
-need libtpu (pip install 'multitap_jax[tpu-plan]', no TPU); cpu:N needs nothing. A model of 7 billion parameters takes
+need libtpu (pip install -e '.[tpu-plan]', no TPU); cpu:N needs nothing. A model of 7 billion parameters takes
 minutes and about 3 GB of memory on two cores; --effort=quick a quarter of the time (see below).
 
 The shapes are those that packing chooses for pairs of the sizes that --texts-per-image, --text-tokens, --prompt-tokens,
