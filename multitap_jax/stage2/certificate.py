@@ -67,6 +67,17 @@ def prediction_error(
     return _moved(precision, total, values, energy, alpha, label_energy)
 
 
+def residual_error(precision: Precision, total: Statistics, coef: np.ndarray) -> np.ndarray:
+    """How far the residual sums of squares of coef [C, T, H], taken from the sums, may be off: float64[C, T].
+
+    RSS = v G v with v = [-w, 1]; a Gram error dG moves it by a dG v with |a| <= |v|, the change of w included.
+    """
+    size = len(total.shift)
+    diagonal = np.maximum(np.diagonal(total.gram), 0.0)
+    energy = (coef**2) @ diagonal[:size] + diagonal[None, size + 1 :]
+    return np.sqrt(2.0) * _entry_error(precision, total) * energy
+
+
 def correction_error(
     precision: Precision,
     total: Statistics,

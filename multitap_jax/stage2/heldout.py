@@ -216,17 +216,18 @@ def _by_leaving_out(
     every: list[System], data: Accumulator, settings: "Settings", alpha: np.ndarray, replay: Replay
 ) -> np.ndarray:
     bases = [system.basis(settings.fit_intercept) for system in every]
-    exact = data.kept is not None
-    passes = [] if exact else [Pass(basis, PASS_ROWS) for basis in bases]
+    passes = [
+        Pass(basis, PASS_ROWS) if system.rows is None else None for system, basis in zip(every, bases, strict=True)
+    ]
 
     def residuals(rows: Rows, groups: list[np.ndarray] | None) -> np.ndarray:
         out = np.empty((len(rows.x), len(alpha)))
         weight = weights_of(rows, settings.source_weights)
-        for number, (system, basis) in enumerate(zip(every, bases, strict=True)):
-            if exact:
+        for system, basis, turning in zip(every, bases, passes, strict=True):
+            if turning is None:
                 z = system.centred_rows(rows.x) @ basis.vectors
             else:
-                z = np.concatenate([np.asarray(z)[: len(p.x)] for z, p in passes[number].chunks(rows)]).astype(float)
+                z = np.concatenate([np.asarray(z)[: len(p.x)] for z, p in turning.chunks(rows)]).astype(float)
             y, own = rows.y[:, settings.targets[system.targets]], alpha[system.targets]
             if groups is None:
                 out[:, system.targets] = leave_out.single_residuals(z, y, weight, basis, own)
