@@ -31,7 +31,7 @@ class HeldOut(NamedTuple):
     groups: np.ndarray
 
     def tau(self, constant: np.ndarray, shared: bool) -> np.ndarray:
-        """Kendall's tau-b float64[T] over the rows of all processes; NaN for constant labels."""
+        """Kendall's tau-b float64[T] over the rows of all processes; NaN for constant labels or fewer than three."""
         predicted, labels = self.predicted, self.labels
         if shared:
             predicted, labels = (
@@ -43,7 +43,8 @@ class HeldOut(NamedTuple):
         for target in np.flatnonzero(~constant):
             seen = ~np.isnan(labels[:, target])
             pair = predicted[seen, target], labels[seen, target]
-            tau[target] = scipy.stats.kendalltau(*pair, method="asymptotic").statistic
+            if seen.sum() > 2:  # the p-value that scipy computes along divides by n - 2
+                tau[target] = scipy.stats.kendalltau(*pair, method="asymptotic").statistic
         return tau
 
 
@@ -116,9 +117,10 @@ def single_errors(
     if settings.criterion == "logo" and data.shared:
         raise DataError("cv='logo' needs all rows of a group in one process; use folds, or one process")
     by_group, total = settings.criterion == "logo", np.zeros((len(alphas), len(system.targets)))
+    one_group = DataError(f"objective {name}: all rated rows are of one group; leave-one-group-out needs two groups")
     if system.rows is not None:
         if by_group and len(np.unique(system.rows.group)) < 2:
-            raise DataError(f"objective {name}: all rated rows are of one group; leave-one-group-out needs two groups")
+            raise one_group
         z, basis = _row_basis(system, settings.fit_intercept)
         rows = system.rows
         if not by_group:
@@ -143,6 +145,8 @@ def single_errors(
             start = own.stop
             y = group.y[:, columns]
             weight = group.weight * ~np.isnan(y[:, 0])
+            if np.count_nonzero(weight) == system.num_rows:
+                raise one_group
             if weight.any():
                 residual = leave_out.left_out(z[own], y, weight, basis, alphas)
                 total += np.einsum("cmt,m->ct", residual**2, weight)

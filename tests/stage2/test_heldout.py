@@ -133,5 +133,23 @@ def test_a_second_pass_needs_the_rows_again():
     x, y = embeddings(1200, 12)
     with pytest.raises(DataError, match="reads the rows twice"):
         RidgeHead(cv="loo").fit_stream(iter([(x, y, None)]))
+
+
+@pytest.mark.parametrize("rows", [60, 1200])
+def test_leaving_a_group_out_needs_two(rows):
+    x, y = embeddings(rows, 12)
     with pytest.raises(DataError, match="two groups"):
-        RidgeHead(cv="logo").fit(x[:50], y[:50], groups=["one"] * 50)
+        RidgeHead(cv="logo").fit(x, y, groups=["one"] * rows)
+    y[rows // 2 :, 1] = np.nan
+    groups = ["one"] * (rows // 2) + ["another", "a third"] * (rows // 4)
+    with pytest.raises(DataError, match="objective_1: all rated rows are of one group"):
+        RidgeHead(cv="logo").fit(x, y, groups=groups)
+
+
+@pytest.mark.parametrize("cv", [2, "loo", "logo"])
+def test_two_rated_rows_have_no_tau(cv):
+    x, y = embeddings(30, 4, 2)
+    y[2:, 1] = np.nan
+    tau = RidgeHead(cv=cv).fit(x, y, groups=range(30)).tau_
+    assert np.isfinite(tau[0])
+    assert np.isnan(tau[1])
