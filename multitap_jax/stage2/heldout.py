@@ -24,7 +24,7 @@ PASS_ROWS = 2048
 
 
 class HeldOut(NamedTuple):
-    """Predictions float32[N, T] of each row by heads that have not seen it, labels float32[N, T], groups uint64[N]."""
+    """Predictions float64[N, T] of each row by heads that have not seen it, labels float64[N, T], groups uint64[N]."""
 
     predicted: np.ndarray
     labels: np.ndarray
@@ -35,17 +35,23 @@ class HeldOut(NamedTuple):
         predicted, labels = self.predicted, self.labels
         if shared:
             predicted, labels = (
-                np.concatenate([np.frombuffer(part, np.float32) for part in from_each_process(own.tobytes())])
+                np.concatenate([np.frombuffer(part, np.float64) for part in from_each_process(own.tobytes())])
                 for own in (predicted, labels)
             )
             predicted, labels = predicted.reshape(-1, len(constant)), labels.reshape(-1, len(constant))
         tau = np.full(len(constant), np.nan)
         for target in np.flatnonzero(~constant):
             seen = ~np.isnan(labels[:, target])
-            pair = predicted[seen, target], labels[seen, target]
             if seen.sum() > 2:  # the p-value that scipy computes along divides by n - 2
+                # float32 without what they share: equal rows stay ties, and an offset ties no others
+                middle = labels[seen, target].mean()
+                pair = ((column[seen, target] - middle).astype(np.float32) for column in (predicted, labels))
                 tau[target] = scipy.stats.kendalltau(*pair, method="asymptotic").statistic
         return tau
+
+    def rounded(self) -> "HeldOut":
+        """Both in float32."""
+        return HeldOut(self.predicted.astype(np.float32), self.labels.astype(np.float32), self.groups)
 
 
 def _row_basis(system: System, intercept: bool) -> tuple[np.ndarray, leave_out.Basis]:
@@ -168,7 +174,7 @@ def predict(
         predicted = _by_leaving_out(every, data, settings, alpha, replay)
     labels, groups = [], []
     for rows in replay():
-        labels.append(rows.y[:, settings.targets].astype(np.float32))
+        labels.append(rows.y[:, settings.targets])
         groups.append(rows.group)
     given = np.concatenate(labels)
     for target in np.flatnonzero(flat):
@@ -193,7 +199,7 @@ def _by_fold_heads(
             coef[fold, system.targets], intercept[fold, system.targets] = w / system.scale[None, :], b
     parts = []
     for rows in replay():
-        x, out = rows.x.astype(np.float64), np.empty((len(rows.x), len(alpha)), np.float32)
+        x, out = rows.x.astype(np.float64), np.empty((len(rows.x), len(alpha)))
         for fold in np.unique(rows.fold):
             here = np.flatnonzero(rows.fold == fold)
             out[here] = x[here] @ coef[fold].T + intercept[fold][None, :]
@@ -244,9 +250,9 @@ def _by_leaving_out(
         return np.nan_to_num(rows.y[:, settings.targets]) - out
 
     if settings.criterion == "loo":
-        return np.concatenate([residuals(rows, None) for rows in replay()]).astype(np.float32)
+        return np.concatenate([residuals(rows, None) for rows in replay()])
     # Whole groups come in another order than the rows: a running number of the row takes them back.
-    first, predicted = 0, np.empty((data.labels.num_rows, len(alpha)), np.float32)
+    first, predicted = 0, np.empty((data.labels.num_rows, len(alpha)))
 
     def numbered() -> Iterable[Rows]:
         nonlocal first

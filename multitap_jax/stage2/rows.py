@@ -10,6 +10,7 @@ import numpy as np
 HASHED_COLUMNS = 64
 BFLOAT16 = np.dtype(jnp.bfloat16)
 FIT_ROWS = 4096
+SQUARES = 1e-28, 1e30  # what sums in float32 may be made of: their low parts are 1e-8 of them, and there are 1e8 rows
 
 
 class DataError(ValueError):
@@ -169,6 +170,28 @@ def _check_numbers(x: np.ndarray, y: np.ndarray, weight: np.ndarray, first: int)
         if bad.any():
             row, column = np.argwhere(bad)[0]
             raise DataError(f"{name}[{first + row}, {column}] is NaN, infinite or negative; {remedy}")
+
+
+def check_squares(rows: Rows, shift: np.ndarray, label_shift: np.ndarray) -> None:
+    """Says whether products of x - shift, y - label_shift and weights can be summed in float32.
+
+    Raises:
+      DataError: deviations or weights whose squares leave its range.
+    """
+    heaviest = rows.weight.max(initial=0.0)
+    for name, values, origin in (("X", rows.x, shift), ("Y", rows.y, label_shift)):
+        with np.errstate(invalid="ignore"):
+            square = np.nanmax((values.astype(np.float64) - origin[None, :]) ** 2, axis=0, initial=0.0)
+        rounding = (np.finfo(np.float32).eps * origin) ** 2  # of the shift: a constant column
+        for what, largest in (("weights", heaviest), ("", float(np.max(heaviest * square * (square > rounding))))):
+            if largest and not SQUARES[0] <= largest <= SQUARES[1]:
+                raise DataError(
+                    f"sample_weight is up to {heaviest:.3g}: that is beyond sums in float32; divide the weights by it, "
+                    "and the alphas"
+                    if what
+                    else f"{name} deviates from its mean so that weight times square is {largest:.3g}, beyond sums in "
+                    f"float32; divide {name} by {np.sqrt(square.max()):.3g}"
+                )
 
 
 def _as_raw(batch: Sequence) -> RawBatch:
