@@ -14,6 +14,7 @@ from multitap_jax.stage2.statistics import Statistics
 
 PROBES = 4
 FLOOR = 3e-8  # no float32 product is better than this
+ALIKE = 2048 * 2.0**-24  # a chunk of equal numbers: their rounding errors are equal too, and add up
 SAFETY = 8.0  # outlier dimensions make rounding errors less independent than the model takes them to be
 
 
@@ -65,6 +66,13 @@ def prediction_error(
     offset = (total.label_mean - total.label_shift) - coef @ (total.mean - total.shift)
     energy = (coef**2) @ diagonal[:size] + diagonal[size + 1 :] + offset**2 * total.weight
     return _moved(precision, total, values, energy, alpha, label_energy)
+
+
+def varies(precision: Precision, total: Statistics) -> np.ndarray:
+    """bool[E], whether the sums can tell the variance of a column from 0: a difference of sums about their origin."""
+    diagonal = np.diagonal(total.gram)
+    row = total.gram[len(total.shift)]
+    return diagonal - row**2 / total.weight > max(_entry_error(precision, total), ALIKE) * diagonal
 
 
 def residual_error(precision: Precision, total: Statistics, coef: np.ndarray) -> np.ndarray:

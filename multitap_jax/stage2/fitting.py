@@ -83,6 +83,8 @@ def fit_heads(data: Accumulator, settings: Settings, names: Sequence[str], repla
                 "fit needs two rows, so add labels or leave the objective out"
             )
     constant = (data.labels.low >= data.labels.high)[settings.targets]
+    for system in every:  # of the sources that count
+        constant[system.targets] |= system.constant
     alphas = _alpha_table(every, data.num_features, settings)
     criterion = _criterion(every, data, settings, alphas, names, replay)
     if settings.fit_intercept:  # exactly, where sums leave a rounding error
@@ -104,6 +106,7 @@ def fit_heads(data: Accumulator, settings: Settings, names: Sequence[str], repla
     if settings.cv_predictions and needs_vectors and replay is not None:
         held_out = heldout.predict(every, data, settings, alpha, flat, replay)
         results["tau"] = held_out.tau(constant, data.shared)
+        held_out = held_out.rounded()
     observed = np.zeros(len(alpha), np.int64)
     for system in every:
         observed[system.targets] = system.num_rows
@@ -179,9 +182,6 @@ def _notes(
             notes.append(
                 f"{names[i]}: alpha {alpha[i]:.3g} is at the {'lower' if best[i] < len(mse) - 1 else 'upper'} edge"
             )
-    unusable = (~np.isfinite(mse)).any(1).sum()
-    if unusable and criterion == "kfold":
-        notes.append(f"{unusable} smallest alphas could not be scored and were not considered")
     return notes
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from multitap_jax.stage2 import spectrum
 from multitap_jax.stage2 import statistics as st
 from multitap_jax.stage2.accumulator import Accumulator, Key
-from multitap_jax.stage2.certificate import Precision, residual_error
+from multitap_jax.stage2.certificate import Precision, residual_error, varies
 from multitap_jax.stage2.leave_out import Basis
 from multitap_jax.stage2.refine import weights_of
 from multitap_jax.stage2.rows import DataError, Rows, concatenate
@@ -35,6 +35,7 @@ class System:
       weight, num_rows: of the rows that are rated.
       trace: of the centred S.
       total, folds: statistics, where the rows were summed.
+      constant: bool[t], whether the labels that count are all the same, as far as the sums can tell.
       rows: the rows that are rated, where they were kept or read again.
     """
 
@@ -47,6 +48,7 @@ class System:
     weight: float
     num_rows: int
     trace: float
+    constant: np.ndarray
     total: Statistics | None = None
     folds: Sequence[Statistics] = ()
     rows: Rows | None = None
@@ -132,7 +134,9 @@ def build(
             few.append((number, own))
             continue
         folds = list(_folds(stats, serving, data.folds, targets[own]))
-        every[number] = _from_folds(own, folds, fit_intercept, standardize, eigenvectors, smallest_alpha)
+        every[number] = _from_folds(
+            own, folds, data.precision, fit_intercept, standardize, eigenvectors, smallest_alpha
+        )
     if few:
         assert replay is not None
         rows = _reread(replay, targets[np.concatenate([own for _, own in few])], source_weights)
@@ -192,6 +196,7 @@ def _folds(
 def _from_folds(
     own: np.ndarray,
     folds: list[Statistics],
+    precision: Precision,
     fit_intercept: bool,
     standardize: bool,
     eigenvectors: bool,
@@ -199,10 +204,10 @@ def _from_folds(
 ) -> System:
     total = st.combine(folds)
     size = len(total.shift)
-    scale = np.ones(size)
+    scale, varied = np.ones(size), varies(precision, total)
     if standardize:
         spread = np.diagonal(st.centred(total, True).gram)[:size] / total.weight
-        scale = np.where(spread > 0, np.sqrt(np.maximum(spread, 0.0)), 1.0)
+        scale = np.where(varied[:size], np.sqrt(np.maximum(spread, 0.0)), 1.0)
         folds, total = [st.rescale(fold, scale) for fold in folds], st.rescale(total, scale)
     about = st.centred(total, fit_intercept)
     gram, cross = about.gram[:size, :size], about.gram[:size, size + 1 :]
@@ -221,6 +226,7 @@ def _from_folds(
         total.weight,
         total.num_rows,
         trace,
+        ~varied[size + 1 :],
         total=total,
         folds=folds,
     )
@@ -237,7 +243,8 @@ def _from_rows(
     scale = np.ones(size)
     if standardize:
         spread = weight @ (x - centre[None, :]) ** 2 / total
-        scale = np.where(spread > 0, np.sqrt(spread), 1.0)
+        rounding = len(x) * np.finfo(np.float64).eps * np.abs(centre)  # a constant feature is no nearer to its mean
+        scale = np.where(spread > rounding**2, np.sqrt(spread), 1.0)
         x /= scale[None, :]
     mean = centre / scale if fit_intercept else np.zeros(size)
     label_mean = weight @ rows.y / total if fit_intercept else np.zeros(len(own))
@@ -248,4 +255,5 @@ def _from_rows(
     factor: spectrum.Factor = spectrum.dual(x, labels) if len(x) < size else spectrum.eigen(x.T @ x, x.T @ labels)
     about_origin = 0.0 if fit_intercept else total * np.sum((centre / scale) ** 2)
     trace = max(float(factor.values.sum() - about_origin), 0.0)
-    return System(own, factor, mean, label_mean, scale, np.sum(labels**2, 0), float(total), len(x), trace, rows=rows)
+    energy, constant = np.sum(labels**2, 0), rows.y.min(0) == rows.y.max(0)
+    return System(own, factor, mean, label_mean, scale, energy, float(total), len(x), trace, constant, rows=rows)

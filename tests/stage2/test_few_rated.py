@@ -41,3 +41,16 @@ def test_in_a_single_pass_no_alpha_wins_by_the_rounding_of_sums():
         alone = RidgeHead(head.cv_results_["alphas"][:, 1], cv="gcv").fit(x[:RATED], y[:RATED, 1])
         true = alone.cv_results_["mse"][:, 0]
         assert true[head.cv_results_["best_index"][1]] < 1.1 * true.min()
+
+
+@pytest.mark.parametrize("rows", [500, 1200])
+def test_an_objective_that_is_constant_without_a_source_is_recognised(rows):
+    x, y = rated_by_few(0, rows)
+    source = np.where(np.arange(rows) % 2, "a", "b")
+    y[:, 1] = np.where(source == "b", 3.3, y[:, 0])
+    head = RidgeHead([0.1, 10.0], cv=3)
+    head.fit_moments(head.collect([(x, y, None, None, source)]), leave_out=["a"])
+    assert not head.coef_[1].any()
+    assert head.intercept_[1] == pytest.approx(3.3, rel=1e-5)  # the sums began where the labels of "a" lie
+    assert np.isnan(head.r2_[1])
+    assert "objective_1: constant labels, the head predicts that constant" in head.notes_
