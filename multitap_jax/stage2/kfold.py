@@ -10,7 +10,7 @@ and a small residual nothing. So that share is measured; a fold that it or the r
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -24,7 +24,7 @@ DIRECT_UP_TO = 512  # features; below, an eigendecomposition a fold in float64 i
 ITERATIONS = 32
 SCORE_TOLERANCE = 1e-4  # error of the held-out predictions, in deviations of the labels
 LEAST_LEFT = 0.01  # of a direction to the training rows: less is beyond the residuals of float32
-SHARE_ROUNDS, SHARE_VECTORS = 4, 2  # of a power iteration: a share near 1 stands out at once
+SHARE_ROUNDS, SHARE_VECTORS = 4, 2  # of a power iteration, at least; a share near 1 stands out at once
 HEAD_TOLERANCE = 1e-9
 HEAD_ITERATIONS = 200
 
@@ -143,9 +143,6 @@ def _iterate(
     # n m m^T: what the training rows say about their own mean
     shift = lambda u: train_weight * mean[:, None] * _dot(mean, u)[None, :]
     apply = lambda u, held_u: (values[:, None] + alpha) * u - held_u - shift(u)  # (S - G_k - n m m^T + alpha) u
-    share = _largest_share(lambda u: held(u) + shift(u), values, alphas)
-    # A tenth of the tolerance: the residual is that of the recursion, which float32 lets drift a little.
-    enough = jnp.repeat(jnp.minimum(0.1, 0.5 * (1.0 - share)) * SCORE_TOLERANCE, targets)
 
     right = jnp.tile(cross, (1, count))
     precondition = 1.0 / (train_weight / (train_weight + fold_weight) * values[:, None] + alpha)
@@ -156,8 +153,9 @@ def _iterate(
     floor = jnp.maximum(tile(energy), jnp.finfo(jnp.float32).tiny)
 
     def step(carry):
-        index, w, held_w, r, p, rho = carry
-        held_p = held(p)
+        index, w, held_w, r, p, rho, v, _ = carry
+        held_p, held_v = jnp.split(held(jnp.concatenate([p, v], axis=1)), [p.shape[1]], axis=1)
+        v, share = _towards_largest(v, held_v + shift(v), values, alphas)
         product = apply(p, held_p)
         length = rho / jnp.maximum(jnp.sum(p * product, 0), jnp.finfo(jnp.float32).tiny)
         length = jnp.where(rho > 0, length, 0.0)[None, :]
@@ -165,12 +163,17 @@ def _iterate(
         z = precondition * r
         new = jnp.sum(r * z, 0)
         p = z + (new / jnp.where(rho > 0, rho, 1.0))[None, :] * p
-        return index + 1, w, held_w, r, p, new
+        return index + 1, w, held_w, r, p, new, v, share
 
     def going(carry):
-        return (carry[0] < ITERATIONS) & jnp.any(jnp.sqrt(carry[-1] / floor) > enough)
+        index, *_, rho, _, share = carry
+        # A tenth of the tolerance: the residual is that of the recursion, which float32 lets drift a little.
+        enough = jnp.repeat(jnp.minimum(0.1, 0.5 * (1.0 - share)) * SCORE_TOLERANCE, targets)
+        return (index < ITERATIONS) & ((index < SHARE_ROUNDS) | jnp.any(jnp.sqrt(rho / floor) > enough))
 
-    _, w, held_w, _, _, rho = jax.lax.while_loop(going, step, (0, w, held_w, r, z, jnp.sum(r * z, 0)))
+    v = jax.random.normal(jax.random.key(0), (len(values), SHARE_VECTORS))
+    start = 0, w, held_w, r, z, jnp.sum(r * z, 0), v, jnp.zeros(count)
+    _, w, held_w, _, _, rho, _, share = jax.lax.while_loop(going, step, start)
     # sum over the fold of (y - label_mean - (x - mean) w)^2 from its sums about the total's mean
     inside = _dot(mean, w)
     outside = _dot(sums, w)
@@ -181,18 +184,19 @@ def _iterate(
     return error.reshape(count, targets), jnp.sqrt(rho / floor).reshape(count, targets), share
 
 
-def _largest_share(held: Callable[[jax.Array], jax.Array], values: jax.Array, alphas: jax.Array) -> jax.Array:
-    """v G v / v (S + alpha) v for the direction v of which the fold holds most, float32[C]: 1 is all there is of it.
+def _towards_largest(
+    v: jax.Array, held_v: jax.Array, values: jax.Array, alphas: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """A step of the power iteration for the direction v of which the fold holds most, and its share so far.
 
-    Power iteration of (S + a)^-1/2 G (S + a)^-1/2 at the smallest alpha a, where `held` multiplies with G.
+    The share v G v / v (S + alpha) v, float32[C], is 1 where the training rows have nothing of v, and 0.3 or so where
+    all rows are alike; the step is that of (S + a)^-1/2 G (S + a)^-1/2 at the smallest alpha a.
     """
-    root = jax.lax.rsqrt(values + alphas.min())[:, None]
-    v = root * jax.random.normal(jax.random.key(0), (len(values), SHARE_VECTORS))
-    for _ in range(SHARE_ROUNDS):
-        v = root**2 * held(v)
-        v /= jnp.maximum(jnp.linalg.norm(v / root, axis=0, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    tiny = jnp.finfo(jnp.float32).tiny
     whole = jnp.sum(values[:, None] * v**2, 0)[None, :] + alphas[:, None] * jnp.sum(v**2, 0)[None, :]
-    return jnp.minimum((jnp.sum(v * held(v), 0)[None, :] / jnp.maximum(whole, jnp.finfo(jnp.float32).tiny)).max(1), 1.0)
+    share = jnp.minimum((jnp.sum(v * held_v, 0)[None, :] / jnp.maximum(whole, tiny)).max(1), 1.0)
+    v = held_v / (values + alphas.min())[:, None]
+    return v / jnp.maximum(jnp.linalg.norm(v, axis=0, keepdims=True), tiny), share
 
 
 def fold_head(

@@ -178,20 +178,21 @@ def check_squares(rows: Rows, shift: np.ndarray, label_shift: np.ndarray) -> Non
     Raises:
       DataError: deviations or weights whose squares leave its range.
     """
-    heaviest = rows.weight.max(initial=0.0)
+    fits = lambda value: not value or SQUARES[0] <= value <= SQUARES[1]
+    heaviest = float(rows.weight.max(initial=0.0))
+    if not fits(heaviest):
+        raise DataError(
+            f"sample_weight is up to {heaviest:.3g}, beyond sums in float32; divide the weights (and the alphas) by it"
+        )
     for name, values, origin in (("X", rows.x, shift), ("Y", rows.y, label_shift)):
-        with np.errstate(invalid="ignore"):
-            square = np.nanmax((values.astype(np.float64) - origin[None, :]) ** 2, axis=0, initial=0.0)
-        rounding = (np.finfo(np.float32).eps * origin) ** 2  # of the shift: a constant column
-        for what, largest in (("weights", heaviest), ("", float(np.max(heaviest * square * (square > rounding))))):
-            if largest and not SQUARES[0] <= largest <= SQUARES[1]:
-                raise DataError(
-                    f"sample_weight is up to {heaviest:.3g}: that is beyond sums in float32; divide the weights by it, "
-                    "and the alphas"
-                    if what
-                    else f"{name} deviates from its mean so that weight times square is {largest:.3g}, beyond sums in "
-                    f"float32; divide {name} by {np.sqrt(square.max()):.3g}"
-                )
+        away = np.fmax.reduce(np.abs(values.astype(np.float64) - origin[None, :]), axis=0, initial=0.0)
+        constant = away <= np.finfo(np.float32).eps * np.abs(origin)  # to the rounding of the shift
+        away = float(np.where(constant, 0.0, away).max())
+        if not fits(heaviest * away**2):
+            raise DataError(
+                f"{name} deviates from its mean by up to {away:.3g}: weighted squares of that are beyond sums in "
+                f"float32; divide {name} by it"
+            )
 
 
 def _as_raw(batch: Sequence) -> RawBatch:
