@@ -17,7 +17,7 @@ import numpy as np
 from multitap_jax.stage2 import moments as mm
 from multitap_jax.stage2 import statistics as st
 from multitap_jax.stage2.certificate import Precision
-from multitap_jax.stage2.rows import DataError, Rows, concatenate
+from multitap_jax.stage2.rows import DataError, Rows, check_squares, concatenate
 from multitap_jax.stage2.sharded import OneDevice, OnMesh
 from multitap_jax.stage2.statistics import Statistics
 
@@ -166,7 +166,9 @@ class Accumulator:
         rows, self._kept = concatenate(self._kept), []
         labels = rows.y[:SHIFT_ROWS]
         label_shift = np.nansum(labels, 0) / np.maximum((~np.isnan(labels)).sum(0), 1)
-        self._shifts = rows.x[:SHIFT_ROWS].mean(0, dtype=np.float64), label_shift
+        shift = rows.x[:SHIFT_ROWS].mean(0, dtype=np.float64).astype(np.float32)  # as the device has it
+        self._shifts = shift.astype(np.float64), label_shift
+        check_squares(rows.take(slice(SHIFT_ROWS)), *self._shifts)
         self._route(rows)
 
     def _route(self, rows: Rows) -> None:
@@ -214,8 +216,17 @@ class Accumulator:
                 self._sums[Key(source, subset, fold)] = functools.reduce(mm.merge, parts, self._empty())
 
     def _empty(self) -> mm.Moments:
+        """Without a shift of the labels: those are few, and shifted here in float64."""
         assert self._shifts is not None
-        return self._device.init(len(self._shifts[0]), len(self._shifts[1]), *self._shifts)
+        shift, label_shift = self._shifts
+        return self._device.init(len(shift), len(label_shift), shift, np.zeros_like(label_shift))
+
+    def _chunk(self, rows: Rows) -> list[np.ndarray]:
+        """x, labels and weights as the device takes them; float64 less the shift before it is rounded."""
+        assert self._shifts is not None
+        shift, label_shift = self._shifts
+        x = (rows.x - shift[None, :]).astype(np.float32) if rows.x.dtype == np.float64 else rows.x
+        return [x, (rows.y - label_shift[None, :]).astype(np.float32), rows.weight.astype(np.float32)]
 
     def _flush(self, key: Key, whole: bool = False) -> None:
         rows = concatenate(self._pending.pop(key))
@@ -224,8 +235,7 @@ class Accumulator:
             if len(rows.x) - start <= 2 * self._rest_rows:
                 size = self._rest_rows  # many buckets end in a part of a chunk; two shapes compile, no more
             part = rows.take(slice(start, start + size))
-            x = part.x.astype(np.float32) if part.x.dtype == np.float64 else part.x
-            chunk = [x, *(np.asarray(column, np.float32) for column in (part.y, part.weight))]
+            chunk = self._chunk(part)
             spare = size - len(part.x)
             if spare:
                 chunk = [np.pad(column, ((0, spare),) + ((0, 0),) * (column.ndim - 1)) for column in chunk]
@@ -233,10 +243,14 @@ class Accumulator:
             before = self._empty() if fresh else self._sums.pop(key)
             # One chunk at a time is summed while the next is prepared: chunks that wait are memory.
             jax.block_until_ready(self._in_flight)
-            self._sums[key] = self._device.update(before, *chunk)
-            self._in_flight = self._sums[key].num_rows
+            shift = before.shift
+            # Donated with the rest, so a copy: the sums of chunks with and without float64 rows are about one origin.
+            given = before._replace(shift=shift * 0.0) if part.x.dtype == np.float64 else before
+            sums = self._device.update(given, *chunk)
+            self._in_flight = sums.num_rows
             if fresh and not self.precision.chunks:
-                self.precision = self.precision.probe(self._device.finalize(self._sums[key]), *chunk)
+                self.precision = self.precision.probe(self._device.finalize(sums), *chunk)
+            self._sums[key] = sums._replace(shift=shift) if given is not before else sums
             start += size
         if start < len(rows.x):
             self._pending[key] = [rows.take(slice(start, None))]
@@ -260,6 +274,11 @@ class Accumulator:
         found = dict(self._merged)
         for key in list(self._sums):
             stats = self._device.finalize(self._sums.pop(key) if last else self._sums[key])
+            if not np.isfinite(np.diagonal(stats.gram)).all():
+                raise DataError(
+                    "some rows are so large or weigh so much that their squares overflow float32; scale them"
+                )
+            stats = stats._replace(label_shift=self._shifts[1])
             found[key] = st.combine([found[key], st.recentre(stats, *_origin(found[key]))]) if key in found else stats
         origin = _origin(next(iter(found.values())))
         return {key: st.recentre(stats, *origin) for key, stats in found.items()}
@@ -299,7 +318,7 @@ class Accumulator:
                 self._route(rows)
         self.precision = self.precision.joined(other.precision)
         for key, stats in other.statistics().items():
-            moved = st.recentre(stats, *(np.asarray(shift, np.float32).astype(np.float64) for shift in self._shifts))
+            moved = st.recentre(stats, *self._shifts)
             self._merged[key] = st.combine([self._merged[key], moved]) if key in self._merged else moved
         return self
 

@@ -14,6 +14,7 @@ from multitap_jax.stage2.statistics import Statistics
 
 PROBES = 4
 FLOOR = 3e-8  # no float32 product is better than this
+ALIKE = 2048 * 2.0**-24  # a chunk of equal numbers: their rounding errors are equal too, and add up
 SAFETY = 8.0  # outlier dimensions make rounding errors less independent than the model takes them to be
 
 
@@ -65,6 +66,24 @@ def prediction_error(
     offset = (total.label_mean - total.label_shift) - coef @ (total.mean - total.shift)
     energy = (coef**2) @ diagonal[:size] + diagonal[size + 1 :] + offset**2 * total.weight
     return _moved(precision, total, values, energy, alpha, label_energy)
+
+
+def varies(precision: Precision, total: Statistics) -> np.ndarray:
+    """bool[E], whether the sums can tell the variance of a column from 0: a difference of sums about their origin."""
+    diagonal = np.diagonal(total.gram)
+    row = total.gram[len(total.shift)]
+    return diagonal - row**2 / total.weight > max(_entry_error(precision, total), ALIKE) * diagonal
+
+
+def residual_error(precision: Precision, total: Statistics, coef: np.ndarray) -> np.ndarray:
+    """How far the residual sums of squares of coef [C, T, H], taken from the sums, may be off: float64[C, T].
+
+    RSS = v G v with v = [-w, 1]; a Gram error dG moves it by a dG v with |a| <= |v|, the change of w included.
+    """
+    size = len(total.shift)
+    diagonal = np.maximum(np.diagonal(total.gram), 0.0)
+    energy = (coef**2) @ diagonal[:size] + diagonal[None, size + 1 :]
+    return np.sqrt(2.0) * _entry_error(precision, total) * energy
 
 
 def correction_error(

@@ -49,9 +49,11 @@ class HeadFit(NamedTuple):
 
 
 class Criterion(NamedTuple):
-    """What the choice rests on: `mse` [C, T], `reference` [T] (error of the best constant), `fold_mse` [Q, C, T]."""
+    """What the choice rests on: `mse` [C, T], `doubt` [C, T] (how much less it may seem than it is, by rounding),
+    `reference` [T] (error of the best constant), `fold_mse` [Q, C, T]."""
 
     mse: np.ndarray
+    doubt: np.ndarray
     reference: np.ndarray
     fold_mse: np.ndarray | None
 
@@ -72,6 +74,7 @@ def fit_heads(data: Accumulator, settings: Settings, names: Sequence[str], repla
         targets=settings.targets,
         source_weights=settings.source_weights,
         names=names,
+        replay=None if data.shared else replay,
     )
     for system in every:
         if system.num_rows < 2:
@@ -80,12 +83,14 @@ def fit_heads(data: Accumulator, settings: Settings, names: Sequence[str], repla
                 "fit needs two rows, so add labels or leave the objective out"
             )
     constant = (data.labels.low >= data.labels.high)[settings.targets]
+    for system in every:  # of the sources that count
+        constant[system.targets] |= system.constant
     alphas = _alpha_table(every, data.num_features, settings)
     criterion = _criterion(every, data, settings, alphas, names, replay)
     if settings.fit_intercept:  # exactly, where sums leave a rounding error
         criterion = criterion._replace(reference=np.where(constant, 0.0, criterion.reference))
     flat = criterion.reference == 0
-    best = solve.choose(criterion.mse, criterion.reference, settings.alpha_per_target)
+    best = solve.choose(criterion.mse + criterion.doubt, criterion.reference, settings.alpha_per_target)
     alpha = np.take_along_axis(alphas, best[None, :], axis=0)[0]
     notes = _notes(names, alpha, best, flat, criterion.mse, settings.criterion)
     coef, intercept = _solve(every, data, settings, alpha, flat, replay, names, notes)
@@ -101,10 +106,13 @@ def fit_heads(data: Accumulator, settings: Settings, names: Sequence[str], repla
     if settings.cv_predictions and needs_vectors and replay is not None:
         held_out = heldout.predict(every, data, settings, alpha, flat, replay)
         results["tau"] = held_out.tau(constant, data.shared)
+        held_out = held_out.rounded()
     observed = np.zeros(len(alpha), np.int64)
     for system in every:
         observed[system.targets] = system.num_rows
-    posteriors = [Posterior.of(system, alpha[system.targets], settings.fit_intercept) for system in every]
+    posteriors = [
+        Posterior.of(system, alpha[system.targets], settings.fit_intercept, data.precision) for system in every
+    ]
     return HeadFit(coef, intercept, alpha, results, held_out, observed, posteriors, notes)
 
 
@@ -129,7 +137,7 @@ def _criterion(
     names: Sequence[str],
     replay: Replay | None,
 ) -> Criterion:
-    mse, reference = np.empty(alphas.shape), np.empty(alphas.shape[1])
+    mse, doubt, reference = np.empty(alphas.shape), np.zeros(alphas.shape), np.empty(alphas.shape[1])
     fold_mse = np.full((data.folds, *alphas.shape), np.nan) if settings.criterion == "kfold" else None
     for system in every:
         which = system.targets
@@ -145,9 +153,10 @@ def _criterion(
         elif settings.criterion in ("loo", "logo"):
             mse[:, which] = heldout.single_errors(system, data, settings, own, replay, name) / system.weight
         elif settings.criterion == "gcv":
-            n, path = system.num_rows, system.factor.path(own)
-            mse[:, which] = solve.gcv(path, system.label_energy, n, own, settings.fit_intercept)
-            mse[:, which] /= system.weight / n
+            rss, error, path = system.residual_energy(own, data.precision)
+            n = system.num_rows
+            mse[:, which] = solve.gcv(path, rss, n, settings.fit_intercept) / (system.weight / n)
+            doubt[:, which] = solve.gcv(path, error, n, settings.fit_intercept) / (system.weight / n)
             freedom = max(n - int(settings.fit_intercept), 1)
             reference[which] *= n**2 / freedom**2  # GCV of the best constant
         else:
@@ -158,7 +167,7 @@ def _criterion(
                 f"objective {name}: {system.num_rows} rows, and no alpha has a usable score by {settings.criterion}; "
                 "give larger alphas, more rows, or another cv"
             )
-    return Criterion(mse, reference, fold_mse)
+    return Criterion(mse, doubt, reference, fold_mse)
 
 
 def _notes(
@@ -173,9 +182,6 @@ def _notes(
             notes.append(
                 f"{names[i]}: alpha {alpha[i]:.3g} is at the {'lower' if best[i] < len(mse) - 1 else 'upper'} edge"
             )
-    unusable = (~np.isfinite(mse)).any(1).sum()
-    if unusable and criterion == "kfold":
-        notes.append(f"{unusable} smallest alphas could not be scored and were not considered")
     return notes
 
 
@@ -195,7 +201,9 @@ def _solve(
     label_mean, energy, expected = np.zeros(len(alpha)), np.zeros(len(alpha)), np.zeros(len(alpha))
 
     def certified(rule: Callable[..., np.ndarray], system: System, value: np.ndarray) -> np.ndarray:
-        """`prediction_error` or `correction_error` of `value` [t, H] of a system."""
+        """`prediction_error` or `correction_error` of `value` [t, H] of a system; without sums there is none."""
+        if system.total is None:
+            return np.zeros(len(value))
         values = np.zeros(data.num_features)
         values[: len(system.factor.values)] = system.factor.values
         return rule(data.precision, system.total, values, value, alpha[system.targets], system.label_energy)
@@ -207,11 +215,11 @@ def _solve(
         else:
             own = system.factor.coefficients(alpha[which])
         coef[which], mean[which], scale[which] = own, system.mean[None, :], system.scale[None, :]
-        label_mean[which], energy[which] = system.label_mean, system.label_energy
-        if system.total is not None:
-            expected[which] = certified(prediction_error, system, own)
+        label_mean[which] = system.label_mean
+        energy[which] = 0.0 if system.total is None else system.label_energy  # solved from rows: nothing to refine
+        expected[which] = certified(prediction_error, system, own)
     coef[flat], energy[flat], expected[flat] = 0.0, 0.0, 0.0
-    if settings.solver == "device" and data.kept is not None:
+    if settings.solver == "device" and any(system.total is None for system in every):
         notes.append("few rows: solved exactly on the host")
     passes_allowed = settings.refine is not False and data.kept is None and replay is not None
     if passes_allowed and (settings.refine is True or (expected > REFINE_ABOVE).any()):

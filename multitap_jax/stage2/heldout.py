@@ -24,27 +24,34 @@ PASS_ROWS = 2048
 
 
 class HeldOut(NamedTuple):
-    """Predictions float32[N, T] of each row by heads that have not seen it, labels float32[N, T], groups uint64[N]."""
+    """Predictions float64[N, T] of each row by heads that have not seen it, labels float64[N, T], groups uint64[N]."""
 
     predicted: np.ndarray
     labels: np.ndarray
     groups: np.ndarray
 
     def tau(self, constant: np.ndarray, shared: bool) -> np.ndarray:
-        """Kendall's tau-b float64[T] over the rows of all processes; NaN for constant labels."""
+        """Kendall's tau-b float64[T] over the rows of all processes; NaN for constant labels or fewer than three."""
         predicted, labels = self.predicted, self.labels
         if shared:
             predicted, labels = (
-                np.concatenate([np.frombuffer(part, np.float32) for part in from_each_process(own.tobytes())])
+                np.concatenate([np.frombuffer(part, np.float64) for part in from_each_process(own.tobytes())])
                 for own in (predicted, labels)
             )
             predicted, labels = predicted.reshape(-1, len(constant)), labels.reshape(-1, len(constant))
         tau = np.full(len(constant), np.nan)
         for target in np.flatnonzero(~constant):
             seen = ~np.isnan(labels[:, target])
-            pair = predicted[seen, target], labels[seen, target]
-            tau[target] = scipy.stats.kendalltau(*pair, method="asymptotic").statistic
+            if seen.sum() > 2:  # the p-value that scipy computes along divides by n - 2
+                # float32 without what they share: equal rows stay ties, and an offset ties no others
+                middle = labels[seen, target].mean()
+                pair = ((column[seen, target] - middle).astype(np.float32) for column in (predicted, labels))
+                tau[target] = scipy.stats.kendalltau(*pair, method="asymptotic").statistic
         return tau
+
+    def rounded(self) -> "HeldOut":
+        """Both in float32."""
+        return HeldOut(self.predicted.astype(np.float32), self.labels.astype(np.float32), self.groups)
 
 
 def _row_basis(system: System, intercept: bool) -> tuple[np.ndarray, leave_out.Basis]:
@@ -116,9 +123,10 @@ def single_errors(
     if settings.criterion == "logo" and data.shared:
         raise DataError("cv='logo' needs all rows of a group in one process; use folds, or one process")
     by_group, total = settings.criterion == "logo", np.zeros((len(alphas), len(system.targets)))
+    one_group = DataError(f"objective {name}: all rated rows are of one group; leave-one-group-out needs two groups")
     if system.rows is not None:
         if by_group and len(np.unique(system.rows.group)) < 2:
-            raise DataError(f"objective {name}: all rated rows are of one group; leave-one-group-out needs two groups")
+            raise one_group
         z, basis = _row_basis(system, settings.fit_intercept)
         rows = system.rows
         if not by_group:
@@ -143,6 +151,8 @@ def single_errors(
             start = own.stop
             y = group.y[:, columns]
             weight = group.weight * ~np.isnan(y[:, 0])
+            if np.count_nonzero(weight) == system.num_rows:
+                raise one_group
             if weight.any():
                 residual = leave_out.left_out(z[own], y, weight, basis, alphas)
                 total += np.einsum("cmt,m->ct", residual**2, weight)
@@ -164,7 +174,7 @@ def predict(
         predicted = _by_leaving_out(every, data, settings, alpha, replay)
     labels, groups = _no_rows(alpha), [np.empty(0, np.uint64)]
     for rows in replay():
-        labels.append(rows.y[:, settings.targets].astype(np.float32))
+        labels.append(rows.y[:, settings.targets])
         groups.append(rows.group)
     given = np.concatenate(labels)
     for target in np.flatnonzero(flat):
@@ -173,8 +183,8 @@ def predict(
 
 
 def _no_rows(alpha: np.ndarray) -> list[np.ndarray]:
-    """What per-row arrays float32[n, T] are appended to: a process may have no rows of its own."""
-    return [np.empty((0, len(alpha)), np.float32)]
+    """What per-row arrays float64[n, T] are appended to: a process may have no rows of its own."""
+    return [np.empty((0, len(alpha)))]
 
 
 def _by_fold_heads(
@@ -194,7 +204,7 @@ def _by_fold_heads(
             coef[fold, system.targets], intercept[fold, system.targets] = w / system.scale[None, :], b
     parts = _no_rows(alpha)
     for rows in replay():
-        x, out = rows.x.astype(np.float64), np.empty((len(rows.x), len(alpha)), np.float32)
+        x, out = rows.x.astype(np.float64), np.empty((len(rows.x), len(alpha)))
         for fold in np.unique(rows.fold):
             here = np.flatnonzero(rows.fold == fold)
             out[here] = x[here] @ coef[fold].T + intercept[fold][None, :]
@@ -221,17 +231,18 @@ def _by_leaving_out(
     every: list[System], data: Accumulator, settings: "Settings", alpha: np.ndarray, replay: Replay
 ) -> np.ndarray:
     bases = [system.basis(settings.fit_intercept) for system in every]
-    exact = data.kept is not None
-    passes = [] if exact else [Pass(basis, PASS_ROWS) for basis in bases]
+    passes = [
+        Pass(basis, PASS_ROWS) if system.rows is None else None for system, basis in zip(every, bases, strict=True)
+    ]
 
     def residuals(rows: Rows, groups: list[np.ndarray] | None) -> np.ndarray:
         out = np.empty((len(rows.x), len(alpha)))
         weight = weights_of(rows, settings.source_weights)
-        for number, (system, basis) in enumerate(zip(every, bases, strict=True)):
-            if exact:
+        for system, basis, turning in zip(every, bases, passes, strict=True):
+            if turning is None:
                 z = system.centred_rows(rows.x) @ basis.vectors
             else:
-                z = np.concatenate([np.asarray(z)[: len(p.x)] for z, p in passes[number].chunks(rows)]).astype(float)
+                z = np.concatenate([np.asarray(z)[: len(p.x)] for z, p in turning.chunks(rows)]).astype(float)
             y, own = rows.y[:, settings.targets[system.targets]], alpha[system.targets]
             if groups is None:
                 out[:, system.targets] = leave_out.single_residuals(z, y, weight, basis, own)
@@ -244,9 +255,9 @@ def _by_leaving_out(
         return np.nan_to_num(rows.y[:, settings.targets]) - out
 
     if settings.criterion == "loo":
-        return np.concatenate([*_no_rows(alpha), *(residuals(rows, None).astype(np.float32) for rows in replay())])
+        return np.concatenate([*_no_rows(alpha), *(residuals(rows, None) for rows in replay())])
     # Whole groups come in another order than the rows: a running number of the row takes them back.
-    first, predicted = 0, np.empty((data.labels.num_rows, len(alpha)), np.float32)
+    first, predicted = 0, np.empty((data.labels.num_rows, len(alpha)))
 
     def numbered() -> Iterable[Rows]:
         nonlocal first

@@ -97,14 +97,17 @@ class Pass:
     def __init__(self, basis: Basis, chunk_rows: int) -> None:
         self.basis, self._rows = basis, chunk_rows
         self._mean = jnp.asarray(basis.mean * basis.scale, jnp.float32)
+        self._zero = jnp.zeros_like(self._mean)
         self._turn = jnp.asarray(basis.vectors / basis.scale[:, None], jnp.float32)
 
     def inputs(self, rows: Rows) -> Iterator[tuple[tuple[Any, ...], Rows]]:
         """(the arguments of `rotate`, the rows) piece by piece; the last piece is filled up with rows of 0."""
         for start in range(0, len(rows.x), self._rows):
             part = rows.take(slice(start, start + self._rows))
-            x = _filled(part.x.astype(np.float32) if part.x.dtype == np.float64 else part.x, self._rows)
-            yield (x, self._mean, self._turn), part
+            x, mean = part.x, self._mean
+            if x.dtype == np.float64:  # its mean is taken off before it is rounded
+                x, mean = (x - (self.basis.mean * self.basis.scale)[None, :]).astype(np.float32), self._zero
+            yield (_filled(x, self._rows), mean, self._turn), part
 
     def chunks(self, rows: Rows) -> Iterator[tuple[jax.Array, Rows]]:
         """(z float32[chunk_rows, r] with spare rows at the end, the rows) piece by piece."""

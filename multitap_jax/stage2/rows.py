@@ -10,6 +10,7 @@ import numpy as np
 HASHED_COLUMNS = 64
 BFLOAT16 = np.dtype(jnp.bfloat16)
 FIT_ROWS = 4096
+SQUARES = 1e-28, 1e30  # what sums in float32 may be made of: their low parts are 1e-8 of them, and there are 1e8 rows
 
 
 class DataError(ValueError):
@@ -186,6 +187,29 @@ def _check_numbers(x: np.ndarray, y: np.ndarray, weight: np.ndarray, first: int)
         if bad.any():
             row, column = np.argwhere(bad)[0]
             raise DataError(f"{name}[{first + row}, {column}] is NaN, infinite or negative; {remedy}")
+
+
+def check_squares(rows: Rows, shift: np.ndarray, label_shift: np.ndarray) -> None:
+    """Says whether products of x - shift, y - label_shift and weights can be summed in float32.
+
+    Raises:
+      DataError: deviations or weights whose squares leave its range.
+    """
+    fits = lambda value: not value or SQUARES[0] <= value <= SQUARES[1]
+    heaviest = float(rows.weight.max(initial=0.0))
+    if not fits(heaviest):
+        raise DataError(
+            f"sample_weight is up to {heaviest:.3g}, beyond sums in float32; divide the weights (and the alphas) by it"
+        )
+    for name, values, origin in (("X", rows.x, shift), ("Y", rows.y, label_shift)):
+        away = np.fmax.reduce(np.abs(values.astype(np.float64) - origin[None, :]), axis=0, initial=0.0)
+        constant = away <= np.finfo(np.float32).eps * np.abs(origin)  # to the rounding of the shift
+        away = float(np.where(constant, 0.0, away).max())
+        if not fits(heaviest * away**2):
+            raise DataError(
+                f"{name} deviates from its mean by up to {away:.3g}: weighted squares of that are beyond sums in "
+                f"float32; divide {name} by it"
+            )
 
 
 def _as_raw(batch: Sequence) -> RawBatch:

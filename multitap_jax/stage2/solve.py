@@ -31,17 +31,14 @@ def residual_energy(path: Path, label_energy: np.ndarray, alphas: np.ndarray) ->
     return np.maximum(label_energy[None, :] - path.fit - alphas[:, None] * path.norm, 0.0)
 
 
-def gcv(
-    path: Path, label_energy: np.ndarray, num_rows: float, alphas: np.ndarray, fit_intercept: bool = True
-) -> np.ndarray:
+def gcv(path: Path, rss: np.ndarray, num_rows: float, fit_intercept: bool = True) -> np.ndarray:
     """Generalised cross-validation (Golub, Heath & Wahba, 1979): n RSS / (n - 1 - edf)^2, float64[C, T].
 
     Infinite where the fit interpolates (fewer than `MIN_FREEDOM` n degrees of freedom are left).
     """
     freedom = num_rows - float(fit_intercept) - path.freedom
     usable = (freedom > MIN_FREEDOM * num_rows)[:, None]
-    score = num_rows * residual_energy(path, label_energy, alphas) / np.where(usable, freedom[:, None], 1.0) ** 2
-    return np.where(usable, score, np.inf)
+    return np.where(usable, num_rows * rss / np.where(usable, freedom[:, None], 1.0) ** 2, np.inf)
 
 
 def choose(score: np.ndarray, reference: np.ndarray, per_target: bool) -> np.ndarray:

@@ -1,19 +1,24 @@
 """The linear systems of a fit: objectives that are rated in the same rows share one factorisation.
 
 Few rows give systems from the rows themselves, in float64 (dual where rows < features); many rows give systems from the
-statistics of their folds.
+statistics of their folds. An objective that few of many rows rate takes those rows, where they can be read again: with
+fewer rows than features a fit goes through every label, and what is left over is lost in the rounding of sums.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from multitap_jax.stage2 import spectrum
 from multitap_jax.stage2 import statistics as st
 from multitap_jax.stage2.accumulator import Accumulator, Key
+from multitap_jax.stage2.certificate import Precision, residual_error, varies
 from multitap_jax.stage2.leave_out import Basis
-from multitap_jax.stage2.rows import DataError, Rows
+from multitap_jax.stage2.refine import weights_of
+from multitap_jax.stage2.rows import DataError, Rows, concatenate
+from multitap_jax.stage2.solve import residual_energy
 from multitap_jax.stage2.statistics import Statistics
 
 
@@ -30,7 +35,8 @@ class System:
       weight, num_rows: of the rows that are rated.
       trace: of the centred S.
       total, folds: statistics, where the rows were summed.
-      rows: the rows that are rated, where they were kept.
+      constant: bool[t], whether the labels that count are all the same, as far as the sums can tell.
+      rows: the rows that are rated, where they were kept or read again.
     """
 
     targets: np.ndarray
@@ -42,6 +48,7 @@ class System:
     weight: float
     num_rows: int
     trace: float
+    constant: np.ndarray
     total: Statistics | None = None
     folds: Sequence[Statistics] = ()
     rows: Rows | None = None
@@ -65,6 +72,21 @@ class System:
         """x / scale - mean, float64[n, H]."""
         return x.astype(np.float64) / self.scale[None, :] - self.mean[None, :]
 
+    def residual_energy(self, alphas: np.ndarray, precision: Precision) -> tuple[np.ndarray, np.ndarray, spectrum.Path]:
+        """(sum w (y - prediction)^2 float64[C, t], how far rounding may have moved it, the path it is from).
+
+        It is a small difference of large sums, and no less than its error.
+        """
+        path = self.factor.path(alphas)
+        error = np.zeros_like(path.fit)
+        if self.total is not None:
+            count = len(self.targets)
+            factor: Any = self.factor
+            every = factor._replace(projected=np.tile(factor.projected, (1, len(alphas))))  # all in one product
+            coef = every.coefficients(np.repeat(alphas, count)).reshape(len(alphas), count, -1)
+            error = residual_error(precision, self.total, coef)
+        return np.maximum(residual_energy(path, self.label_energy, alphas), error), error, path
+
     def coefficients(self, alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(coef float64[t, H] of x itself, intercept float64[t]) at alpha [t]."""
         coef = self.factor.coefficients(alpha)
@@ -81,20 +103,21 @@ def build(
     targets: np.ndarray,
     source_weights: Mapping[str, float],
     names: Sequence[str],
+    replay: Callable[[], Iterable[Rows]] | None = None,
 ) -> list[System]:
     """The systems of the objectives `targets` (indices); a source's rows count `source_weights` times (default 1).
 
     Args:
       eigenvectors: whether a full eigendecomposition is needed, or the cheaper tridiagonal form will do.
       smallest_alpha: that will be asked for.
+      replay: gives all rows again; None if they are gone, or if other processes have some of them.
 
     Raises:
       DataError: an objective without a label.
     """
     rows = data.kept
     if rows is not None:
-        factor = np.array([source_weights.get(source, 1.0) for source in rows.source.tolist()])
-        rows = rows._replace(weight=rows.weight * factor).take(np.flatnonzero(factor > 0))
+        rows = _counted(rows, source_weights)
         seen = ~np.isnan(rows.y[:, targets])
         _check_rated(seen.sum(0), names, data.labels.num_rows)
         return [_from_rows(rows, targets, own, seen[:, own[0]], fit_intercept, standardize) for own in _equal(seen)]
@@ -104,12 +127,43 @@ def build(
     present = np.array([[subset[target] for target in targets] for _, subset in buckets], bool)
     present = present.reshape(-1, len(targets))
     _check_rated(present.sum(0), names, data.labels.num_rows)
-    systems = []
-    for own in _equal(present):
+    every, few = {}, []
+    for number, own in enumerate(_equal(present)):
         serving = [bucket for bucket, has in zip(buckets, present[:, own[0]], strict=True) if has]
+        if replay is not None and _are_few(stats, serving, data.folds, data.num_features):
+            few.append((number, own))
+            continue
         folds = list(_folds(stats, serving, data.folds, targets[own]))
-        systems.append(_from_folds(own, folds, fit_intercept, standardize, eigenvectors, smallest_alpha))
-    return systems
+        every[number] = _from_folds(
+            own, folds, data.precision, fit_intercept, standardize, eigenvectors, smallest_alpha
+        )
+    if few:
+        assert replay is not None
+        rows = _reread(replay, targets[np.concatenate([own for _, own in few])], source_weights)
+        for number, own in few:
+            seen = ~np.isnan(rows.y[:, targets[own[0]]])
+            every[number] = _from_rows(rows, targets, own, seen, fit_intercept, standardize)
+    return [every[number] for number in sorted(every)]
+
+
+def _counted(rows: Rows, source_weights: Mapping[str, float]) -> Rows:
+    """The rows that count at all, weighted by their source."""
+    weight = weights_of(rows, source_weights)
+    return rows._replace(weight=weight).take(np.flatnonzero(weight > 0))
+
+
+def _reread(replay: Callable[[], Iterable[Rows]], targets: np.ndarray, source_weights: Mapping[str, float]) -> Rows:
+    """The rows with a label of any of the `targets`."""
+    parts = (_counted(rows.take(~np.isnan(rows.y[:, targets]).all(1)), source_weights) for rows in replay())
+    return concatenate([part for part in parts if len(part.x)])
+
+
+def _are_few(stats: Mapping[Key, Statistics], serving: Sequence[tuple], folds: int, num_features: int) -> bool:
+    """Whether a fit (without a fold, where there are folds) has fewer rows than features, and all fit into memory."""
+    keys = [[Key(source, subset, fold) for source, subset in serving] for fold in range(folds)]
+    counts = [sum(stats[key].num_rows for key in own if key in stats) for own in keys]
+    training = sum(counts) - (max(counts) if folds > 1 else 0)
+    return training < num_features and sum(counts) <= 2 * num_features
 
 
 def _check_rated(rated: np.ndarray, names: Sequence[str], num_rows: int) -> None:
@@ -142,6 +196,7 @@ def _folds(
 def _from_folds(
     own: np.ndarray,
     folds: list[Statistics],
+    precision: Precision,
     fit_intercept: bool,
     standardize: bool,
     eigenvectors: bool,
@@ -149,10 +204,10 @@ def _from_folds(
 ) -> System:
     total = st.combine(folds)
     size = len(total.shift)
-    scale = np.ones(size)
+    scale, varied = np.ones(size), varies(precision, total)
     if standardize:
         spread = np.diagonal(st.centred(total, True).gram)[:size] / total.weight
-        scale = np.where(spread > 0, np.sqrt(np.maximum(spread, 0.0)), 1.0)
+        scale = np.where(varied[:size], np.sqrt(np.maximum(spread, 0.0)), 1.0)
         folds, total = [st.rescale(fold, scale) for fold in folds], st.rescale(total, scale)
     about = st.centred(total, fit_intercept)
     gram, cross = about.gram[:size, :size], about.gram[:size, size + 1 :]
@@ -171,6 +226,7 @@ def _from_folds(
         total.weight,
         total.num_rows,
         trace,
+        ~varied[size + 1 :],
         total=total,
         folds=folds,
     )
@@ -187,7 +243,8 @@ def _from_rows(
     scale = np.ones(size)
     if standardize:
         spread = weight @ (x - centre[None, :]) ** 2 / total
-        scale = np.where(spread > 0, np.sqrt(spread), 1.0)
+        rounding = len(x) * np.finfo(np.float64).eps * np.abs(centre)  # a constant feature is no nearer to its mean
+        scale = np.where(spread > rounding**2, np.sqrt(spread), 1.0)
         x /= scale[None, :]
     mean = centre / scale if fit_intercept else np.zeros(size)
     label_mean = weight @ rows.y / total if fit_intercept else np.zeros(len(own))
@@ -198,4 +255,5 @@ def _from_rows(
     factor: spectrum.Factor = spectrum.dual(x, labels) if len(x) < size else spectrum.eigen(x.T @ x, x.T @ labels)
     about_origin = 0.0 if fit_intercept else total * np.sum((centre / scale) ** 2)
     trace = max(float(factor.values.sum() - about_origin), 0.0)
-    return System(own, factor, mean, label_mean, scale, np.sum(labels**2, 0), float(total), len(x), trace, rows=rows)
+    energy, constant = np.sum(labels**2, 0), rows.y.min(0) == rows.y.max(0)
+    return System(own, factor, mean, label_mean, scale, energy, float(total), len(x), trace, constant, rows=rows)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from multitap_jax.stage2 import spectrum
-from multitap_jax.stage2.solve import residual_energy
+from multitap_jax.stage2.certificate import Precision
 from multitap_jax.stage2.systems import System
 
 KINDS = ("bayes", "sandwich")
@@ -41,17 +41,16 @@ class Posterior(NamedTuple):
     typical: np.ndarray
 
     @classmethod
-    def of(cls, system: System, alpha: np.ndarray, fit_intercept: bool) -> "Posterior":
-        """From a solved system at the chosen alphas."""
+    def of(cls, system: System, alpha: np.ndarray, fit_intercept: bool, precision: Precision) -> "Posterior":
+        """From a solved system at the chosen alphas, and the precision of its sums."""
         noise, typical = np.full(len(alpha), np.nan), np.empty(len(alpha))
         for value in np.unique(alpha):
             own = np.flatnonzero(alpha == value)
-            path = system.factor.path(np.array([value]))
+            rss, _, path = system.residual_energy(np.array([value]), precision)
             freedom = system.num_rows - int(fit_intercept) - float(path.freedom[0])
             typical[own] = (float(path.freedom[0]) + int(fit_intercept)) / system.num_rows
             if freedom > 0:
-                rss = residual_energy(path, system.label_energy, np.array([value]))[0, own]
-                noise[own] = np.sqrt(rss / freedom)
+                noise[own] = np.sqrt(rss[0, own] / freedom)
         weight = system.weight if fit_intercept else np.inf
         return cls(system.targets, system.factor, system.mean, system.scale, weight, alpha, noise, typical)
 

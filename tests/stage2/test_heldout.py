@@ -86,17 +86,44 @@ def test_conjugate_gradients_equal_a_loop_of_refits(transform, monkeypatch):
     assert relative_error(head.cv_predictions_, chosen) < 1e-4
 
 
-def test_what_has_not_converged_is_no_candidate(monkeypatch):
+def assert_equal_to_refits(head, x, y, groups):
+    fold = fold_of(group_hash(groups, x), head.cv, 0)
+    blocks = [np.flatnonzero(fold == f) for f in range(head.cv)]
+    held_out = refits(x, y, None, blocks, head.alphas)
+    np.testing.assert_allclose(head.cv_results_["mse"], mean_squares(held_out, y, np.ones(len(x))), rtol=1e-3)
+
+
+def test_a_fold_that_has_not_converged_is_solved_alone(monkeypatch):
     monkeypatch.setattr(kfold, "DIRECT_UP_TO", 0)
     monkeypatch.setattr(kfold, "ITERATIONS", 1)
     kfold._iterate.clear_cache()
     x, y = embeddings(1100, 60)
-    alphas = [1e-6, 1e8]
-    head = RidgeHead(alphas, cv=3).fit(x, y)
+    head = RidgeHead([1.0, 1e4], cv=3).fit(x, y)
     kfold._iterate.clear_cache()
-    assert np.isinf(head.cv_results_["mse"][0]).all()
-    np.testing.assert_array_equal(head.alpha_, 1e8)
-    assert any("not considered" in note for note in head.notes_)
+    assert_equal_to_refits(head, x, y, None)
+
+
+@pytest.mark.parametrize("once", [True, False])
+def test_folds_with_fewer_training_rows_than_features_equal_refits(once, monkeypatch):
+    monkeypatch.setattr(kfold, "DIRECT_UP_TO", 0)
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((1100, 90)).astype(np.float32)
+    y = np.repeat(x[:, :20].sum(1, keepdims=True) / 4 + 0.1 * rng.standard_normal((1100, 1)), 2, axis=1)
+    y[100:, 1] = np.nan
+    head = RidgeHead([0.03, 0.3, 3.0], cv=5)
+    head.fit_stream(iter([(x, y, None)])) if once else head.fit(x, y)
+    assert_equal_to_refits(head, x, y, None)
+
+
+def test_features_of_one_group_alone_equal_refits(monkeypatch):
+    """Directions of which the training rows say nothing, and a residual of theirs neither."""
+    monkeypatch.setattr(kfold, "DIRECT_UP_TO", 0)
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal((1200, 30)).astype(np.float32)
+    x[:, 28:] *= 10 * (np.arange(1200) < 60)[:, None]
+    y = x[:, [0, 28]] + x[:, [28, 29]] / 10 + 0.3 * rng.standard_normal((1200, 2))
+    groups = ["one"] * 60 + list(range(1140))
+    assert_equal_to_refits(RidgeHead([0.1, 1.0, 10.0], cv=4).fit(x, y, groups=groups), x, y, groups)
 
 
 @pytest.mark.parametrize("rows", [1500, 200, 30])
@@ -114,6 +141,18 @@ def test_standardised_features_equal_scaling_first(rows):
         scaled, own = (wide - mean) / scale, y[seen][:, [target]]
         expected[:, [target]] = sklearn_predictions(scaled, own, head.alpha_[[target]], (new - mean) / scale)
     assert relative_error(head.predict(new), expected) < 1e-5
+
+
+@pytest.mark.parametrize("rows", [1500, 200])
+@pytest.mark.parametrize("value", [0.1, 12345.678])
+def test_a_standardised_constant_feature_has_no_coefficient(rows, value):
+    x, y = embeddings(rows)
+    x = x.astype(np.float64)
+    x[:, 5] = value
+    head = RidgeHead([1.0], cv="gcv", standardize=True).fit(x, y)
+    assert np.abs(head.coef_[:, 5]).max() < 1e-6
+    rest = RidgeHead([1.0], cv="gcv", standardize=True).fit(np.delete(x, 5, 1), y)
+    assert relative_error(head.predict(x), rest.predict(np.delete(x, 5, 1))) < 1e-5
 
 
 def test_given_splits_are_kept():
@@ -168,5 +207,23 @@ def test_a_second_pass_needs_the_rows_again():
     x, y = embeddings(1200, 12)
     with pytest.raises(DataError, match="reads the rows twice"):
         RidgeHead(cv="loo").fit_stream(iter([(x, y, None)]))
+
+
+@pytest.mark.parametrize("rows", [60, 1200])
+def test_leaving_a_group_out_needs_two(rows):
+    x, y = embeddings(rows, 12)
     with pytest.raises(DataError, match="two groups"):
-        RidgeHead(cv="logo").fit(x[:50], y[:50], groups=["one"] * 50)
+        RidgeHead(cv="logo").fit(x, y, groups=["one"] * rows)
+    y[rows // 2 :, 1] = np.nan
+    groups = ["one"] * (rows // 2) + ["another", "a third"] * (rows // 4)
+    with pytest.raises(DataError, match="objective_1: all rated rows are of one group"):
+        RidgeHead(cv="logo").fit(x, y, groups=groups)
+
+
+@pytest.mark.parametrize("cv", [2, "loo", "logo"])
+def test_two_rated_rows_have_no_tau(cv):
+    x, y = embeddings(30, 4, 2)
+    y[2:, 1] = np.nan
+    tau = RidgeHead(cv=cv).fit(x, y, groups=range(30)).tau_
+    assert np.isfinite(tau[0])
+    assert np.isnan(tau[1])
