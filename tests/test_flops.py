@@ -44,7 +44,8 @@ def test_the_compiler_counts_the_same():
     from multitap_jax.backbones import Execution
     from multitap_jax.families import from_config
 
-    hf = tiny_config(num_hidden_layers=1, vision_depth=1, hidden_size=128, intermediate_size=512)
+    wide = {"hidden_size": 128, "intermediate_size": 512, "vision_hidden_size": 128}
+    hf = tiny_config(num_hidden_layers=1, vision_depth=1, **wide)
     hf["rope_scaling"] = {"type": "mrope", "mrope_section": [4, 6, 6]}
     backbone = from_config(hf, rngs=nnx.Rngs(0))
     rows = 4

@@ -57,7 +57,7 @@ def candidates(config: TrainConfig, mesh: Mapping[str, int], workload: Workload)
     if fsdp % 2 == 0:
         config = replace(config, mesh=MeshConfig(data, fsdp // 2, 2 * tensor, context))
         yield "split heads and inner widths, and the activations with them", config
-    if not config.optimizer.offload:
+    if config.trainable.parts in ("full", "text") and not config.optimizer.offload:  # adapters have small moments
         config = replace(config, optimizer=replace(config.optimizer, offload=True))
         yield "keep the optimizer's moments in the memory of the host between steps", config
     if config.trainable.parts == "full":

@@ -162,7 +162,7 @@ def test_what_does_not_fit_together_is_named(flags, message, capsys):
 
 def test_a_missing_libtpu_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
-    with pytest.raises(ConfigError, match=r"needs libtpu: pip install 'multitap_jax\[tpu-plan\]'"):
+    with pytest.raises(ConfigError, match=r"needs libtpu: pip install -e '\.\[tpu-plan\]'"):
         Topology.parse("v5e:8x8").devices()
 
 
@@ -229,6 +229,7 @@ def test_remedies_come_in_the_order_of_their_price(folder):
         ["--config.model.remat=full"],
         ["--config.accumulation=4"],
         ["--config.mesh.tensor=4"],
+        ["--config.optimizer.offload=True"],
         ["--config.trainable.parts=lora"],
     ]
     only = TrainConfig(trainable=TrainableConfig(parts="lora"), model=ModelConfig(remat="full"), batch_size=1)
