@@ -33,7 +33,7 @@ from typing import Any
 
 from absl import flags
 
-from multitap_jax.parallel.host import keep_freed_memory
+from multitap_jax.parallel.host import hush_absent_tpu, keep_freed_memory
 from multitap_jax.verbs.common import explain, joined, left
 
 VERBS = ("demo", "plan", "train", "embed", "fit", "score", "evaluate", "import", "export")
@@ -141,6 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(verb: str, values: flags.FlagValues) -> int:
     try:
         with joined(verb, values):
+            hush_absent_tpu()  # not before: a cluster is known by the same variables
             return int(_module(verb).run(values) or 0)
     except KeyboardInterrupt:
         print(f"\nmultitap {verb}: interrupted; the same command goes on where it stopped", file=sys.stderr)

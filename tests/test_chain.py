@@ -271,6 +271,16 @@ def test_tokenizers_load_without_advice_to_install_torch(base):
     assert "PyTorch" not in done.stderr
 
 
+def test_an_absent_tpu_is_not_spoken_of(tmp_path):
+    """libtpu is here to plan with; JAX would look for its TPU whatever a verb does."""
+    pytest.importorskip("libtpu")
+    code = "from multitap_jax.parallel.host import hush_absent_tpu as h; h(); import jax; print(jax.devices())"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "TPU_"))}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert "Device" in run.stdout
+    assert not run.stderr
+
+
 def test_the_program_starts_without_touching_torch():
     code = "import sys; import multitap_jax.cli, multitap_jax.scoring.scorer, multitap_jax.stage1.run; "
     code += "sys.exit('torch' in sys.modules)"

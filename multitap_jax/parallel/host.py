@@ -1,6 +1,7 @@
 """Settings of the host process."""
 
 import ctypes
+import glob
 import os
 import sys
 
@@ -23,6 +24,22 @@ def keep_freed_memory() -> None:
         return
     for parameter, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 64 << 20), (_ARENA_MAX, 1)):
         mallopt(parameter, value)
+
+
+# What libtpu would otherwise ask the network and the machine for, at length and in vain where there is no TPU.
+_NO_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_LOG_DIR": "disabled",
+}
+
+
+def hush_absent_tpu() -> None:
+    """To be called before jax is used: libtpu is installed to plan with, also where no TPU is; then it keeps still."""
+    if not glob.glob("/dev/accel*") and not glob.glob("/dev/vfio/[0-9]*"):
+        for name, value in _NO_TPU.items():
+            os.environ.setdefault(name, value)
 
 
 def hush_transformers() -> None:

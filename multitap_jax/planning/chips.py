@@ -11,6 +11,7 @@ import jax
 
 from multitap_jax.config import ConfigError
 from multitap_jax.flops import PEAK_FLOPS
+from multitap_jax.parallel.host import hush_absent_tpu
 from multitap_jax.planning.overheard import overheard
 
 GIB = 2**30
@@ -121,11 +122,8 @@ def _simulated(count: int) -> list[jax.Device]:
 
 def _described(topology: Topology) -> list[jax.Device]:
     # libtpu looks for the machine it is on, complains, and locks itself; here it only compiles.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+    hush_absent_tpu()
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    os.environ.setdefault("TPU_LOG_DIR", "disabled")
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "1")  # warnings of the partitioner are read from there
     from jax.experimental import topologies
 
