@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from multitap_jax.parallel.mesh import path_name
+from multitap_jax.parallel.mesh import HOST_MEMORY, path_name
 
 
 class Placed(NamedTuple):
@@ -63,7 +63,7 @@ def _placed(name: str, array: Any, axes: Any) -> Placed:
     local = math.prod(array.sharding.shard_shape(shape))
     named = "" if axes is None else ", ".join(axis or "-" for axis in axes)
     spec = ", ".join(map(word, parts))
-    if array.sharding.memory_kind == "pinned_host":
+    if array.sharding.memory_kind == HOST_MEMORY:
         spec, local = f"{spec} on the host", 0
     return Placed(name, np.dtype(array.dtype).name, shape, named, spec, math.prod(shape) * size, local * size)
 

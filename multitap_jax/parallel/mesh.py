@@ -35,6 +35,7 @@ RULES: dict[str, str | None] = {
     "mlp": "tensor",
     "vocab": "tensor",
 }
+HOST_MEMORY = "pinned_host"  # what JAX calls the memory of the host that devices copy from and to
 # Every array of a batch is split over these by its leading dimension.
 BATCH_AXES = ("data", "fsdp")
 

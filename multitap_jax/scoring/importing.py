@@ -20,7 +20,7 @@ from multitap_jax.weights.files import scan_tensors
 from multitap_jax.weights.finite import FiniteCheck, all_finite
 from multitap_jax.weights.hashing import folder_hash
 from multitap_jax.weights.hub import backbone_tensors
-from multitap_jax.weights.mapping import ANY_OF_THEM, WEIGHT_DTYPES
+from multitap_jax.weights.mapping import DTYPES_IN_WORDS, WEIGHT_DTYPES
 from multitap_jax.weights.sources import Source, locate
 from multitap_jax.weights.stored import Stored
 from multitap_jax.weights.writer import write_folder
@@ -185,6 +185,7 @@ def _head(tensors: Mapping[str, Stored], hidden: int | None, whole: bool, proble
       hidden: H, None where no configuration says it.
       whole: whether all tensors are known, so that one that is not there is missing.
     """
+    values: dict[str, np.ndarray] = {}
     wrong = [f"unknown: {name}" for name in tensors if not name.startswith(PREFIX) and name not in HEAD]
     for name, shape in zip(HEAD, ((1, hidden), (1,)), strict=True):
         expected = str(["H" if size is None else size for size in shape]).replace("'", "")
@@ -194,13 +195,17 @@ def _head(tensors: Mapping[str, Stored], hidden: int | None, whole: bool, proble
                 a in (None, b) for a, b in zip(shape, found.shape, strict=True)
             )
             if not same or found.dtype.name not in WEIGHT_DTYPES:
-                wrong.append(f"{name}: {list(found.shape)} {found.dtype.name}, expected {expected} of {ANY_OF_THEM}")
-            elif not all_finite(found.read()):
+                wrong.append(
+                    f"{name}: {list(found.shape)} {found.dtype.name}, expected {expected} of {DTYPES_IN_WORDS}"
+                )
+                continue
+            values[name] = found.read()
+            if not all_finite(values[name]):
                 wrong.append(f"{name}: holds NaN or infinity; take a checkpoint from before its training failed")
         elif whole:
             wrong.append(f"{name}: missing, expected {expected}")
     problems += wrong
     if wrong or not whole:
         return None
-    weight, bias = (tensors[name].read().astype(np.float32) for name in HEAD)
+    weight, bias = (values[name].astype(np.float32) for name in HEAD)
     return RewardHead.from_arrays(weight[0], bias[0])

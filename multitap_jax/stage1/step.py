@@ -20,7 +20,14 @@ from jax.sharding import Mesh
 from multitap_jax.backbones import Execution
 from multitap_jax.batch import PackedBatch
 from multitap_jax.config import ConfigError
-from multitap_jax.parallel.mesh import BATCH_AXES, batch_sharding, batch_shards, param_shardings, replicated
+from multitap_jax.parallel.mesh import (
+    BATCH_AXES,
+    HOST_MEMORY,
+    batch_sharding,
+    batch_shards,
+    param_shardings,
+    replicated,
+)
 from multitap_jax.stage1.objective import squared_error
 from multitap_jax.stage1.optimizer import state_shardings
 from multitap_jax.stage1.trainable import Partition
@@ -49,7 +56,7 @@ def abstract_state(
     placed = param_shardings(partition.trainable, mesh)
     opt_state, opt_placed = state_shardings(optimizer, params, placed, replicated(mesh))
     if offload:
-        put = lambda x, sharding: sharding.with_memory_kind("pinned_host") if x.ndim else sharding
+        put = lambda x, sharding: sharding.with_memory_kind(HOST_MEMORY) if x.ndim else sharding
         opt_placed = jax.tree.map(put, opt_state, opt_placed)
     shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state)
     shardings = TrainState(replicated(mesh), placed, opt_placed)

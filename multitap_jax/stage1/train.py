@@ -19,7 +19,7 @@ from multitap_jax.checksum import checksum
 from multitap_jax.config import ConfigError, TrainConfig, to_dict
 from multitap_jax.flops import Work, count_work, peak_flops, train_flops
 from multitap_jax.parallel.distributed import is_main_process
-from multitap_jax.parallel.mesh import make_mesh
+from multitap_jax.parallel.mesh import HOST_MEMORY, make_mesh
 from multitap_jax.reward import RewardModel
 from multitap_jax.stage1.loop import Dataset, Loop, sigterm
 from multitap_jax.stage1.metrics import MetricsLog, Recorder
@@ -156,8 +156,8 @@ def _check(config: TrainConfig, mesh: Mesh, eval_dataset: Dataset | None) -> Non
     if config.checkpoint.keep_best and eval_dataset is None:
         wrong.append("config.checkpoint.keep_best needs held-out pairs: set data.holdout or data.evaluation")
     kinds = [memory.kind for memory in mesh.local_devices[0].addressable_memories()]
-    if "pinned_host" not in kinds and (config.optimizer.offload or config.model.remat == "offload"):
-        wrong.append(f"offloading needs memory of the kind pinned_host; these devices have {', '.join(kinds)}")
+    if HOST_MEMORY not in kinds and (config.optimizer.offload or config.model.remat == "offload"):
+        wrong.append(f"offloading needs memory of the kind {HOST_MEMORY}; these devices have {', '.join(kinds)}")
     if wrong:
         raise ConfigError("\n".join(wrong))
 

@@ -16,7 +16,7 @@ import numpy as np
 from multitap_jax.weights.misfit import contradictions
 
 WEIGHT_DTYPES = ("bfloat16", "float16", "float32")
-ANY_OF_THEM = "bfloat16, float16 or float32"
+DTYPES_IN_WORDS = f"{', '.join(WEIGHT_DTYPES[:-1])} or {WEIGHT_DTYPES[-1]}"
 # What is done to the dimensions of a checkpoint tensor; the inverse permutation is the export.
 TRANSFORMS: dict[str, Callable[[int], tuple[int, ...]]] = {
     "identity": lambda ndim: tuple(range(ndim)),
@@ -186,9 +186,9 @@ def _misfit(tensor: Any, shape: tuple[int, ...] | None) -> tuple[str, str] | Non
         return "wrong shape", str(list(shape))
     name = np.dtype(tensor.dtype).name
     if name.startswith("float8"):
-        return "wrong type", f"{ANY_OF_THEM} (8-bit floats mean nothing without their scales)"
+        return "wrong type", f"{DTYPES_IN_WORDS} (8-bit floats mean nothing without their scales)"
     if name not in WEIGHT_DTYPES:
-        return "wrong type", f"floating point: {ANY_OF_THEM}"
+        return "wrong type", f"floating point: {DTYPES_IN_WORDS}"
     return None
 
 
