@@ -48,8 +48,7 @@ def held(model: RewardModel, config: TrainConfig, mesh: Mesh | AbstractMesh) -> 
     Raises:
       ConfigError: the model does not fit the mesh; names every dimension that does not divide.
     """
-    placed = param_shardings(model, mesh)  # all problems at once, whatever learns
-    del placed
+    param_shardings(model, mesh)  # raises for all parameters at once, whatever learns
     split = partition(model, config.trainable.parts)
     optimizer, offload = make_optimizer(config.optimizer, STEPS), config.optimizer.offload
     state = abstract_state(split, optimizer, mesh, offload=offload)  # type: ignore[arg-type]
