@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 TIMEOUT = 300  # seconds in which all processes of a run have to come
 HEARTBEAT = 100  # seconds without a sign of life after which a process counts as dead, and the run as over
 LOST = 76  # exit code (EX_PROTOCOL of sysexits.h) of a process that had to end because another did
-_OF_ANOTHER = re.compile(r"Gloo|NCCL|RCCL|closed by peer|reset by peer|coordination service", re.IGNORECASE)
+_OF_ANOTHER = re.compile(r"Gloo|NCCL|RCCL|(closed|reset) by peer|coordination ?service|heartbeat", re.IGNORECASE)
 _MARGIN = 60  # by which JAX waits longer than we do: it aborts without a word on what to check
 
 
@@ -152,8 +152,8 @@ def leave(code: int, error: BaseException | None = None, explained: bool = True)
     if not jax.distributed.is_initialized():
         return code
     name = f"process {jax.process_index()} of {jax.process_count()}"
-    if error is not None and (isinstance(error, OtherProcessError) or _OF_ANOTHER.search(str(error))):
-        first = str(error).partition("\n")[0]
+    if (echo := _echo_of_another(error)) is not None:
+        first = str(echo).partition("\n")[0]
         code, why = LOST, f"{name} lost another process, whose log says why that one ended ({first})"
     else:
         why = f"{name} failed, and the run with it"
@@ -163,6 +163,19 @@ def leave(code: int, error: BaseException | None = None, explained: bool = True)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _echo_of_another(error: BaseException | None) -> BaseException | None:
+    """The error, or one that it arose from, by which JAX or we tell that another process ended; None without one.
+
+    What ends a process may be the second error: saving what it has fails too when the others are gone.
+    """
+    while error is not None:
+        of_jax = isinstance(error, jax.errors.JaxRuntimeError)
+        if isinstance(error, OtherProcessError) or (of_jax and _OF_ANOTHER.search(str(error))):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def is_main_process() -> bool:

@@ -143,13 +143,39 @@ def test_a_process_that_hangs_ends_and_so_does_the_one_that_waits_for_it(tmp_pat
     assert "most recent call first" in stuck
 
 
-def test_the_echo_of_another_process_has_its_own_exit_code(monkeypatch):
+def error_of(during: Exception, then: Exception) -> Exception:
+    """What arrives when handling one error ends in another."""
+    try:
+        try:
+            raise during
+        finally:
+            raise then
+    except Exception as error:
+        return error
+
+
+RESET = "UNKNOWN: Gloo AllGather failed: [pair.cc:538] Read error [127.0.0.1]:43233: Connection reset by peer"
+BARRIER = "INTERNAL: Barrier failed because: task is set to ERROR: UNAVAILABLE: Task 1 heartbeat timeout."
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ValueError("its own"), 1),
+        (OSError("/data/gloomy/heartbeats.jsonl: no such file"), 1),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), 1),
+        (OtherProcessError("process 1 of 2 failed (StoreError: damaged), and the run with it"), LOST),
+        (jax.errors.JaxRuntimeError(RESET), LOST),
+        (jax.errors.JaxRuntimeError(BARRIER), LOST),
+        (error_of(jax.errors.JaxRuntimeError(RESET), ValueError("a save was under way")), LOST),
+    ],
+)
+def test_the_echo_of_another_process_has_its_own_exit_code(monkeypatch, error, code):
     codes = []
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(os, "_exit", codes.append)
-    leave(1, ValueError("its own"))
-    leave(1, OtherProcessError("process 1 of 2 failed (StoreError: damaged), and the run with it"))
-    assert codes == [1, LOST]
+    leave(1, error)
+    assert codes == [code]
 
 
 def test_one_process_alone_needs_no_agreement():
