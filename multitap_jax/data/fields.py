@@ -71,7 +71,7 @@ class ImagePaths:
             if mode is not None and stat.S_ISLNK(mode):
                 mode = _mode(path, follow=True)
             if mode is None:
-                raise BadRecord(f"image {name}: file not found in {self.root}")
+                raise BadRecord(f"image {name}: file not found in {self.root}, the folder of the records file")
             if not stat.S_ISREG(mode):
                 raise BadRecord(f"image {name} is not a regular file")
 

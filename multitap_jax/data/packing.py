@@ -39,8 +39,11 @@ class Shape:
     images: int = 0
 
     def __str__(self) -> str:
-        apart = f", images {self.images}" if self.images else ""
-        return f"rows {self.rows}x{self.tokens} (texts {self.texts}{apart}), vision {self.vision_rows}x{self.patches}"
+        apart = f" and {self.images} images" if self.images else ""
+        return (
+            f"{self.rows} rows of {self.tokens} tokens with room for {self.texts} texts{apart} each, "
+            f"{self.vision_rows} vision rows of {self.patches} patches"
+        )
 
 
 def group_examples(

@@ -45,6 +45,7 @@ __all__ = [
 ]
 
 COLUMNS = ("id", "image", "text", "request", "score", "ratings", "group")
+_MOST = 0.5  # of the records rejected, above which to accept the loss is no advice
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -197,7 +198,11 @@ def check_rejected_share(
         raise RecordsError(
             f"{path}: {len(rejected):,} of {total:,} records rejected ({share:.1%}, allowed {max_rejected:.1%}):\n"
             + "\n".join(_first_reasons(rejected))
-            + f"\nMend the records, or accept the loss with {flags}max_rejected={math.ceil(share * 100) / 100:g}"
+            + (
+                f"\nMend the records, or accept the loss with {flags}max_rejected={math.ceil(share * 100) / 100:g}"
+                if share <= _MOST
+                else "\nSo many have one cause, as a rule; mend it, and begin with the first of these lines"
+            )
         )
     if good == 0:
         raise RecordsError(f"{path}: no usable record:\n" + "\n".join(_first_reasons(rejected)))

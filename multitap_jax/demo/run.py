@@ -113,7 +113,7 @@ def run_demo(
     }
     demo = Demo(Path(workdir), Console(), settings)
     demo.start()
-    folder = demo.workdir
+    folder, before = demo.workdir, len(demo.seconds)
     with demo.phase("1 draw pictures, write texts, rate them"):
         world = build_world(folder / "world", settings["scenes"], seed, HELDOUT)
     with demo.phase("2 build a tiny Qwen2-VL and show it captioned pictures") as todo:
@@ -145,7 +145,8 @@ def run_demo(
         facts = _facts(settings, world, artefact)
         data = report_data(results, Artefact.open(artefact), folder / "train" / "metrics.jsonl", demo.seconds, facts)
         report = write_report(folder / "report.html", data)
-    demo.console.print(f"[bold]{sum(demo.seconds.values()):.0f} s in all.[/] Open {report}")
+    earlier = f", earlier runs included (remove {folder} to begin anew)" if before else ""
+    demo.console.print(f"[bold]{sum(demo.seconds.values()):.0f} s in all{earlier}.[/] Open {report}")
     return report
 
 

@@ -86,7 +86,10 @@ def summary_table(results: Results) -> TextTable:
     The heads predict in points of the raters' scale, and within half of one is a hit; a score from 0 to 1 has no such
     points.
     """
-    table = TextTable(title=f"Agreement with the ratings of {len(results.records):,} held-out pairs")
+    table = TextTable(
+        title=f"Agreement with the ratings of {len(results.records):,} held-out pairs",
+        caption="above the line the reward head's score, below it one ridge head for each kind of rating",
+    )
     for name in ("", "tau_c [95 %]", "tau_b", "Pearson", "Spearman", "±0.5 points"):
         wide = name in ("", "tau_c [95 %]")
         table.add_column(name, justify="left" if wide else "right", no_wrap=wide)

@@ -75,7 +75,7 @@ def _time_rows(step: Step) -> Iterator[tuple[str, str, str]]:
     if cost is None:
         return
     time = lambda seconds: "" if bounds is None else f"{1e3 * seconds:,.1f} ms at best"
-    yield "FLOPs", f"{cost.flops / 1e12:,.2f} T", time(bounds.compute if bounds else 0)
+    yield "FLOPs", _flops(cost.flops), time(bounds.compute if bounds else 0)
     yield "memory moved", _gib(cost.memory_bytes), time(bounds.memory if bounds else 0)
     yield "sent", _gib(sum(c.sent for c in cost.collectives)), time(bounds.links + bounds.outer if bounds else 0)
     if bounds is not None:
@@ -208,6 +208,11 @@ def _learns(plan: Plan) -> str:
 
 def _count(number: int) -> str:
     return f"{number / 1e9:.2f} billion" if number >= 1e8 else f"{number:,}"
+
+
+def _flops(number: float) -> str:
+    unit, name = (1e12, "T") if number >= 1e10 else (1e9, "G") if number >= 1e7 else (1e6, "M")
+    return f"{number / unit:,.2f} {name}"
 
 
 def _gib(size: float) -> str:

@@ -84,8 +84,8 @@ def _run(config: TrainConfig, workdir: Path, console: Console) -> RunResult:
     evaluation = _dataset(config, processing, held_out, hidden, rejects, mesh, held_out=True) if held_out else None
     console.print(
         f"{len(train_records)} training and {len(held_out)} held-out pairs, {len(rejects)} rejected; "
-        f"{dataset.num_steps} steps of {config.batch_size} pairs as {dataset.shape}, one compiled shape, "
-        f"{dataset.efficiency:.0%} of its tokens used"
+        f"{dataset.num_steps} steps of {config.batch_size} pairs, each packed into {dataset.shape}; "
+        f"{dataset.efficiency:.0%} of the tokens are used"
     )
     before = len(rejects)
     result = train(config, workdir, model, dataset, evaluation, mesh=mesh, check=rejects.judge)

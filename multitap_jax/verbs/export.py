@@ -39,8 +39,22 @@ def run(values: flags.FlagValues) -> int:
     for warning in caught:
         if issubclass(warning.category, ContractWarning):
             print(f"warning: {warning.message}", file=sys.stderr)
+    if lost := _left_out(values):
+        print(
+            f"note: this layout has no place for {lost} ridge heads, and `multitap import` will not find them in it; "
+            "--format=heads writes them"
+        )
     print(f"wrote {values.output} ({values.format})")
     return 0
+
+
+def _left_out(values: flags.FlagValues) -> int:
+    """How many ridge heads the artefact has that the format does not."""
+    from multitap_jax.scoring.artefact import Artefact
+
+    if values.format not in ("official", "vllm"):
+        return 0
+    return len(Artefact.open(values.checkpoint).manifest.objectives)
 
 
 def _write(values: flags.FlagValues) -> None:

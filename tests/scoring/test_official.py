@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from multitap_jax import cli
@@ -78,7 +79,25 @@ def test_an_export_of_the_official_contract_warns_of_nothing(official, tmp_path,
     artefact = import_official(folder, tmp_path / "artefact", base=base).folder
     out = tmp_path / "out"
     assert run("export", f"--checkpoint={artefact}", "--format=official", f"--output={out}") == 0
-    assert "warning" not in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "warning" not in said.err
+    assert "note" not in said.out
+
+
+def test_an_export_without_room_for_ridge_heads_says_so(official, tmp_path, capsys):
+    _, base, folder = official
+    artefact = import_official(folder, tmp_path / "artefact", base=base).folder
+    rated = tmp_path / "rated.jsonl"
+    lines = []
+    for index in range(12):
+        picture = tmp_path / f"{index}.png"
+        Image.new("RGB", (64, 64), (20 * index, 100, 200 - 15 * index)).save(picture)
+        ratings = {"realism": 1.0 + index % 5, "appeal": 5.0 - index % 3}
+        lines.append({"id": str(index), "image": picture.name, "text": TEXTS[index % len(TEXTS)], "ratings": ratings})
+    rated.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run("fit", f"--checkpoint={artefact}", f"--input={rated}") == 0
+    assert run("export", f"--checkpoint={artefact}", "--format=official", f"--output={tmp_path / 'out'}") == 0
+    assert "no place for 2 ridge heads" in capsys.readouterr().out
 
 
 def test_everything_that_is_wrong_is_said_at_once(official, tmp_path):
