@@ -65,13 +65,13 @@ CONFIG = {
 def write_checkpoint(folder: Path) -> None:
     """Random numbers under hub names in shards of at most 2 GB; one tensor is in memory at a time."""
     from multitap_jax.families import abstract_backbone, weight_table
-    from multitap_jax.weights.mapping import named_params, plan
+    from multitap_jax.weights.mapping import by_name, plan
     from multitap_jax.weights.writer import write_folder
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG))
     model = abstract_backbone(folder)
-    shapes = {slot.key: slot.shape for slot in plan(weight_table(model), named_params(model))}
+    shapes = {slot.key: slot.shape for slot in plan(weight_table(model), by_name(model))}
     rng = np.random.default_rng(0)
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:

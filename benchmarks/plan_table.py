@@ -3,8 +3,9 @@
   python benchmarks/plan_table.py [--effort=full] [--folder=/tmp/plans] [--only=qwen2-vl-7b] [--keep]
 
 Runs `multitap plan` once a row, each in a process of its own, and writes the rows between the marks in
-docs/planning.md. Needs libtpu (pip install 'multitap_jax[tpu-plan]') and no TPU. Plans that --folder holds from an
-earlier run of the same commit are used again with --keep. Time and memory are those of the planning process.
+docs/planning.md. Needs libtpu (pip install -e '.[tpu-plan]') and no TPU. Plans that --folder holds from an earlier run
+of the same commit are used again with --keep, and a full one in place of a quick one. Time and memory are those of the
+planning process.
 """
 
 import argparse
@@ -53,9 +54,11 @@ ROWS = (
 
 def run(row: Row, folder: Path, effort: str, keep: bool) -> dict[str, Any]:
     """The JSON of a plan, with the seconds, the CPU seconds and the bytes that making it took."""
-    file = folder / f"{row.config}_{row.model}_{row.topology.replace(':', '_')}_{effort}.json"
-    if keep and file.is_file():
-        return json.loads(file.read_text())
+    name = f"{row.config}_{row.model}_{row.topology.replace(':', '_')}"
+    file, full = folder / f"{name}_{effort}.json", folder / f"{name}_full.json"
+    for kept in (full, file) if keep else ():
+        if kept.is_file():
+            return json.loads(kept.read_text())
     command = [sys.executable, "-m", "multitap_jax.cli", "plan", f"--config={ROOT / 'configs' / row.config}.py"]
     command += [f"--model={row.model}", f"--topology={row.topology}", f"--effort={effort}", f"--json={file}"]
     command += [f"--config.{setting}" for setting in row.settings.split()]

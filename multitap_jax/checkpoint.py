@@ -16,8 +16,9 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from multitap_jax.checksum import by_name, checksums, on_device
+from multitap_jax.checksum import checksums, on_device
 from multitap_jax.config import CheckpointConfig
+from multitap_jax.naming import by_name
 from multitap_jax.parallel.distributed import barrier, is_main_process
 
 FORMAT = 2

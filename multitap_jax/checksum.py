@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from multitap_jax.parallel.mesh import path_name
+from multitap_jax.naming import by_name
 
 
 def checksum(tree: Any) -> int:
@@ -16,12 +16,6 @@ def checksum(tree: Any) -> int:
     for name, value in sorted(checksums(by_name(tree)).items()):
         total = (total * 1000003 + value + sum(name.encode())) % 2**32
     return total
-
-
-def by_name(tree: Any) -> dict[str, Any]:
-    """The arrays of a pytree by their dotted names."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {path_name(path): leaf for path, leaf in leaves}
 
 
 def on_device(x: jax.Array) -> jax.Array:

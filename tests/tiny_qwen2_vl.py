@@ -15,7 +15,8 @@ from safetensors.numpy import save_file
 from multitap_jax.backbones.vision import CLIP_MEAN, CLIP_STD
 from multitap_jax.batch import PackedBatch
 from multitap_jax.families import from_config, weight_table
-from multitap_jax.weights.mapping import named_params, plan
+from multitap_jax.naming import by_name
+from multitap_jax.weights.mapping import plan
 from tests.families.common import random_torch_model, random_weight
 
 IMAGE = 151
@@ -76,7 +77,7 @@ def write_folder(folder: Path, config: dict, seed: int = 0) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     model = nnx.eval_shape(lambda: from_config(config, rngs=nnx.Rngs(0)))
-    shapes = {slot.key: slot.shape for slot in plan(weight_table(model), named_params(model))}
+    shapes = {slot.key: slot.shape for slot in plan(weight_table(model), by_name(model))}
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (config["vocab_size"], config["hidden_size"])
     save_file({name: random_weight(name, shape, seed) for name, shape in shapes.items()}, folder / "model.safetensors")

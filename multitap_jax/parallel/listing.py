@@ -9,7 +9,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from multitap_jax.parallel.mesh import HOST_MEMORY, path_name
+from multitap_jax.naming import path_name
+from multitap_jax.parallel.mesh import HOST_MEMORY
 
 
 class Placed(NamedTuple):

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from multitap_jax.batch import PackedBatch
 from multitap_jax.config import ConfigError, MeshConfig
+from multitap_jax.naming import path_name
 
 AXES = ("data", "fsdp", "tensor", "context")
 
@@ -213,12 +214,6 @@ def param_shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     if problems:
         raise ConfigError("the model does not fit the mesh:\n  " + "\n  ".join(problems))
     return jax.tree.unflatten(jax.tree.structure(tree), shardings)
-
-
-def path_name(path: Sequence[Any]) -> str:
-    """Dotted name of a pytree path such as "backbone.text.norm.scale"; the `value` inside of a variable is left out."""
-    parts = [str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path]
-    return ".".join(part for part in parts if part != "value")
 
 
 def _cut_heads(tree: Any, mesh: Mesh | AbstractMesh) -> Iterator[str]:

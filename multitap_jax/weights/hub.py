@@ -12,12 +12,13 @@ from jax.sharding import Sharding
 
 from multitap_jax.backbones import Backbone
 from multitap_jax.families import abstract_backbone, read_config, weight_table
+from multitap_jax.naming import by_name
 from multitap_jax.parallel import watchdog
 from multitap_jax.parallel.distributed import whole
 from multitap_jax.weights.files import read_json, stored_tensors
 from multitap_jax.weights.fill import fill
 from multitap_jax.weights.finite import FiniteCheck
-from multitap_jax.weights.mapping import Slot, Table, WeightError, match, named_params, plan
+from multitap_jax.weights.mapping import Slot, Table, WeightError, match, plan
 from multitap_jax.weights.misfit import size_entries
 from multitap_jax.weights.stored import Stored
 from multitap_jax.weights.writer import write_folder
@@ -51,7 +52,7 @@ def load_backbone(
         tied output head that differs from the token table.
     """
     model: Any = abstract_backbone(folder, param_dtype=param_dtype)
-    params, tensors = named_params(model), backbone_tensors(folder, prefix=prefix)
+    params, tensors = by_name(model), backbone_tensors(folder, prefix=prefix)
     targets = dict(zip(params, _sharding_leaves(model, shardings), strict=True))
     by_path: dict[str, list[Slot]] = {}
     for slot in plan(weight_table(model), params):
@@ -91,7 +92,7 @@ def backbone_tensors(
     config_folder = folder if config_folder is None else config_folder
     model = abstract_backbone(config_folder)
     table, tensors = weight_table(model), stored_tensors(folder)
-    slots, tied = plan(table, named_params(model)), model.config.tie_word_embeddings
+    slots, tied = plan(table, by_name(model)), model.config.tie_word_embeddings
     hf_config = read_json(Path(config_folder) / "config.json")
     try:
         if "quantization_config" in hf_config:
@@ -113,7 +114,7 @@ def export_tensors(model: Any, prefix: str = "") -> Iterator[tuple[str, np.ndarr
     Raises:
       WeightError: the model has adapters; merge them first.
     """
-    params = named_params(model)
+    params = by_name(model)
     for slot in plan(weight_table(model), params):
         leaf = params[slot.path]
         value = whole(leaf if slot.layer is None else leaf[slot.layer])
@@ -143,7 +144,7 @@ def save_backbone(
     Raises:
       WeightError: the model has adapters, or a name of `extra` is already taken.
     """
-    params, extra = named_params(model), dict(extra or {})
+    params, extra = by_name(model), dict(extra or {})
     headers = {}
     for slot in plan(weight_table(model), params):
         headers[prefix + slot.key] = (slot.shape, np.dtype(dtype or params[slot.path].dtype))

@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from multitap_jax.weights.misfit import contradictions
@@ -94,12 +93,6 @@ class Slot:
     def inverse(self) -> tuple[int, ...]:
         """The permutation that takes the parameter (slice) back to the checkpoint tensor."""
         return tuple(int(axis) for axis in np.argsort(self.axes))
-
-
-def named_params(model: Any) -> dict[str, Any]:
-    """Dotted path -> array (or ShapeDtypeStruct, or whatever leaf there is), in the order of `jax.tree.leaves`."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(model)
-    return {".".join(key.name for key in path if key.name != "value"): leaf for path, leaf in leaves}
 
 
 def plan(table: Table, params: Mapping[str, Any]) -> list[Slot]:

@@ -10,8 +10,8 @@ from multitap_jax.backbones import Execution, attention
 from multitap_jax.backbones.stack import collect_layers, run_layers
 from multitap_jax.batch import PackedBatch
 from multitap_jax.families import from_config, num_params
+from multitap_jax.naming import by_name
 from multitap_jax.weights.hub import load_backbone
-from multitap_jax.weights.mapping import named_params
 from tests.tiny_qwen2_vl import pack, random_group, tiny_config, write_folder
 
 FLOAT32 = Execution()
@@ -45,8 +45,8 @@ value_and_gradient = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argn
 
 
 def assert_same_gradients(got, expected):
-    expected = named_params(expected)
-    for path, gradient in named_params(got).items():
+    expected = by_name(expected)
+    for path, gradient in by_name(got).items():
         largest = float(np.abs(expected[path]).max())
         assert np.isfinite(gradient).all(), path
         np.testing.assert_allclose(gradient, expected[path], atol=2e-5 * max(largest, 1), rtol=0, err_msg=path)

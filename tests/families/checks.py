@@ -15,13 +15,13 @@ from multitap_jax.backbones import Backbone, Execution
 from multitap_jax.batch import PackedBatch
 from multitap_jax.config import MeshConfig
 from multitap_jax.data.stream import Pair
+from multitap_jax.naming import by_name
 from multitap_jax.parallel.mesh import batch_shards, make_mesh, param_shardings, shard_batch
 from multitap_jax.reward import RewardHead, RewardModel
 from multitap_jax.scoring.artefact import Artefact
 from multitap_jax.stage1.step import forward as sharded_forward
 from multitap_jax.stage1.step import join_cells, split_cells
 from multitap_jax.weights.hub import export_tensors, load_backbone
-from multitap_jax.weights.mapping import named_params
 from tests.families.common import (
     FLOAT32,
     QUICK,
@@ -50,8 +50,8 @@ def total_and_states(run: Run, model: Backbone, batch: PackedBatch) -> tuple[jax
 
 def assert_same_gradients(got: Any, expected: Any, floor: float = 0.0) -> None:
     """`floor` stands for the largest entry where that is smaller: of gradients that are zero but for rounding."""
-    wanted = named_params(expected)
-    for path, gradient in named_params(got).items():
+    wanted = by_name(expected)
+    for path, gradient in by_name(got).items():
         largest = float(np.abs(wanted[path]).max())
         assert largest > 0, path
         atol = SAME_GRADIENT * max(largest, floor)

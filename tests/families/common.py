@@ -26,8 +26,9 @@ from multitap_jax.batch import PackedBatch
 from multitap_jax.data.processing import Contract, Processing
 from multitap_jax.data.stream import Pair, StreamPacker
 from multitap_jax.families import abstract_backbone, read_config, weight_table
+from multitap_jax.naming import by_name
 from multitap_jax.weights.hub import export_tensors, load_backbone
-from multitap_jax.weights.mapping import named_params, plan
+from multitap_jax.weights.mapping import plan
 
 TOLERANCE = 2e-5  # of states, absolute, where the largest is above 1
 GRADIENT_TOLERANCE = 1e-3  # relative to the largest entry of a parameter's gradient
@@ -70,7 +71,7 @@ class Oracle:
         """The same, but for tensors that no score needs, which are left out; returns the folder."""
         self.write_without_weights(folder)
         model = abstract_backbone(folder)
-        shapes = {slot.key: slot.shape for slot in plan(weight_table(model), named_params(model))}
+        shapes = {slot.key: slot.shape for slot in plan(weight_table(model), by_name(model))}
         weights = {key: random_weight(key, shape, seed) for key, shape in shapes.items()}
         save_file(weights, folder / "model.safetensors")
         return folder

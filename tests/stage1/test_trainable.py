@@ -9,10 +9,10 @@ from flax import nnx
 from multitap_jax.backbones import Execution
 from multitap_jax.config import ConfigError, MeshConfig, TrainableConfig
 from multitap_jax.families import from_config
-from multitap_jax.parallel.mesh import make_mesh, param_shardings, path_name
+from multitap_jax.naming import by_name, path_name
+from multitap_jax.parallel.mesh import make_mesh, param_shardings
 from multitap_jax.reward import RewardHead, RewardModel
 from multitap_jax.stage1.trainable import add_lora, merge_lora, partition
-from multitap_jax.weights.mapping import named_params
 from tests.stage1.toy import toy_batch, toy_model
 from tests.tiny_qwen2_vl import tiny_config
 
@@ -66,9 +66,9 @@ def test_merging_gives_the_same_outputs_and_the_same_tree(real):
         batch = toy_batch(0, 2, cells=2)._replace(patches=np.ones((2, 8, 588), np.uint8))
     else:
         model, config, batch = toy_model(), LORA, toy_batch(0)
-    structure, before = jax.tree.structure(model), named_params(model)
+    structure, before = jax.tree.structure(model), by_name(model)
     add_lora(model, config, nnx.Rngs(0))
-    for name, value in named_params(model).items():
+    for name, value in by_name(model).items():
         if name.endswith("lora_b"):
             module = model
             for part in name.split(".")[:-1]:
@@ -78,7 +78,7 @@ def test_merging_gives_the_same_outputs_and_the_same_tree(real):
     apart = model(batch, Execution())
     merged = merge_lora(model)
     assert jax.tree.structure(merged) == structure
-    changed = [name for name, value in named_params(merged).items() if not np.array_equal(value, before[name])]
+    changed = [name for name, value in by_name(merged).items() if not np.array_equal(value, before[name])]
     assert len(changed) == len(config.lora_targets)
     assert all(name.endswith("kernel") for name in changed)
     np.testing.assert_allclose(merged(batch, Execution()), apart, rtol=1e-5, atol=1e-6)

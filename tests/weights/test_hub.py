@@ -14,9 +14,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from multitap_jax.families import abstract_backbone
+from multitap_jax.naming import by_name
 from multitap_jax.weights.files import read_tensors
 from multitap_jax.weights.hub import export_tensors, load_backbone, save_backbone
-from multitap_jax.weights.mapping import WeightError, named_params
+from multitap_jax.weights.mapping import WeightError
 from multitap_jax.weights.stored import FolderError
 from tests.tiny_qwen2_vl import tiny_config, torch_model
 
@@ -300,7 +301,7 @@ def test_sharded_import_reads_slices_and_keeps_shardings(hub):
         return jax.tree.map(lambda p: of(p.axes), model, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
 
     model = load_backbone(folder, shardings=shardings)
-    kernel = named_params(model)["text.layers.mlp.up_proj.kernel"]
+    kernel = by_name(model)["text.layers.mlp.up_proj.kernel"]
     assert kernel.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(None, "fsdp", "tensor")), 3)
     assert kernel.addressable_shards[0].data.shape == (3, 16, 48)
     assert_same_tensors(dict(export_tensors(model)), backbone_tensors(tensors))

@@ -11,11 +11,12 @@ from safetensors.numpy import load_file, save_file
 from multitap_jax.backbones.mllama import MllamaConfig
 from multitap_jax.data.processing import Contract
 from multitap_jax.families import read_config
+from multitap_jax.naming import by_name
 from multitap_jax.reward import RewardHead, RewardModel
 from multitap_jax.scoring.artefact import Artefact
 from multitap_jax.weights import mllama
 from multitap_jax.weights.hub import load_backbone
-from multitap_jax.weights.mapping import WeightError, named_params
+from multitap_jax.weights.mapping import WeightError
 from tests.families.checks import check_weights
 from tests.families.common import random_weight
 from tests.families.mllama import oracle
@@ -51,7 +52,7 @@ def test_rules_are_one_to_one_and_name_every_parameter(hub):
     _, config = read_config(hub[0])
     rules = mllama.table(config).rules
     assert len({rule.path for rule in rules}) == len({(rule.key, rule.layers) for rule in rules}) == len(rules)
-    assert {rule.path for rule in rules} == named_params(load_backbone(hub[0])).keys()
+    assert {rule.path for rule in rules} == by_name(load_backbone(hub[0])).keys()
 
 
 def test_what_does_not_fit_is_listed_with_the_hubs_layer_numbers(hub, tmp_path):

@@ -22,11 +22,12 @@ from multitap_jax.data.processing import Processing
 from multitap_jax.data.stream import Pair, StreamPacker
 from multitap_jax.families import abstract_backbone, weight_table
 from multitap_jax.files import json_bytes, new_folder
+from multitap_jax.naming import by_name
 from multitap_jax.scoring.artefact import Artefact
 from multitap_jax.scoring.exports.common import copy_carried, rendered_prompts, replaceable, write_tensors
 from multitap_jax.weights.fill import fill
 from multitap_jax.weights.hub import backbone_tensors
-from multitap_jax.weights.mapping import named_params, plan
+from multitap_jax.weights.mapping import plan
 from multitap_jax.weights.writer import write_file
 
 PROGRAM, WEIGHTS, EXAMPLE, ABOUT = "program.bin", "weights.safetensors", "example.safetensors", "program.json"
@@ -98,7 +99,7 @@ def export_stablehlo(
     batch = _example(artefact, processing, pairs, batch_tokens, max_length)._asdict()
     model: Any = abstract_backbone(artefact.folder, param_dtype=DTYPES[dtype])
     heads = _heads(artefact)
-    specs = {f"backbone.{path}": leaf for path, leaf in named_params(model).items()} | heads
+    specs = {f"backbone.{path}": leaf for path, leaf in by_name(model).items()} | heads
     specs, batch_specs = _specs(specs), _specs(batch)
     attention = backend_elsewhere("auto", platforms)
     function = jax.jit(_program(model, Execution(dtype=dtype, attention=attention)))
@@ -116,7 +117,7 @@ def export_stablehlo(
 
 def _program(model: Backbone, execution: Execution) -> Callable[..., dict[str, jax.Array]]:
     """(weights by name, batch by field) -> outputs; what `Scorer` computes."""
-    names, structure = list(named_params(model)), jax.tree.structure(model)
+    names, structure = list(by_name(model)), jax.tree.structure(model)
 
     def program(weights: dict[str, jax.Array], batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         backbone = jax.tree.unflatten(structure, [weights[f"backbone.{name}"] for name in names])
@@ -166,7 +167,7 @@ def _heads(artefact: Artefact) -> dict[str, np.ndarray]:
 
 def _weights(folder: Path, model: Any, heads: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
     """Parameters one after another, each made as it is asked for."""
-    params, tensors = named_params(model), backbone_tensors(folder)
+    params, tensors = by_name(model), backbone_tensors(folder)
     slots = plan(weight_table(model), params)
     for path, leaf in params.items():
         here = [slot for slot in slots if slot.path == path]
