@@ -38,7 +38,7 @@ class Row(NamedTuple):
 def objectives(embeddings: np.ndarray, correlation: float, rng: np.random.Generator) -> np.ndarray:
     """Two true objectives [N, 2] of variance 1 that correlate so, linear in the leading principal components."""
     centred = embeddings - embeddings.mean(0)
-    parts, sizes, _ = np.linalg.svd(centred, full_matrices=False)
+    parts, _, _ = np.linalg.svd(centred, full_matrices=False)
     whitened = parts[:, : 2 * DIRECTIONS] * np.sqrt(len(embeddings))
     mix = np.linalg.qr(rng.standard_normal((2 * DIRECTIONS, 2)))[0]
     first, second = (whitened @ mix).T

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from multitap_jax.evaluation.scores import read_scores
 
 from experiments.common import demo_of, keep, parser
 from multitap_jax.data.records import load_records
@@ -23,7 +24,6 @@ from multitap_jax.demo.world import scene_index
 from multitap_jax.display import TextTable
 from multitap_jax.evaluation.ceiling import Ceiling, noise_ceiling
 from multitap_jax.evaluation.correlation import kendall_tau, pearson
-from multitap_jax.evaluation.scores import read_scores
 
 RATERS = (2, 3, 5, 10)
 NOISES = (ANNOTATOR_NOISE, 1.0, 2.0)

@@ -12,10 +12,11 @@ import numpy as np
 
 from multitap_jax import __version__
 from multitap_jax.data.records import Record, load_records
-from multitap_jax.demo.report import Example, Interval, ModelRow, ObjectiveRow, ReportData
+from multitap_jax.demo.report import ModelRow, ObjectiveRow, ReportData
 from multitap_jax.demo.texts import OBJECTIVES
 from multitap_jax.display import TextTable
 from multitap_jax.evaluation.correlation import Metrics, Statistic, evaluate_pairs
+from multitap_jax.pages.elements import Example, Interval
 from multitap_jax.scoring.artefact import Artefact
 
 BOOTSTRAP = 400

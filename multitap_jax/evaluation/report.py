@@ -47,7 +47,7 @@ class EvaluationReport:
       duplicates: ids on more than one line of scores (the first counts). unknown: ids that are no record.
       unpredicted: rated objectives that the scores do not have.
       problems: lines of scores with an error, or without a usable number. rejected: unusable records.
-      points: float64[N, 2], (score, target) of the pairs of `overall`.
+      points: float64[N, 2], (score, target) of the pairs of `overall`. ids: their N records.
     """
 
     protocol: str
@@ -66,6 +66,7 @@ class EvaluationReport:
     problems: list[Problem]
     rejected: list[Rejected]
     points: np.ndarray = dataclasses.field(repr=False)
+    ids: list[str] = dataclasses.field(repr=False)
 
     def lists(self) -> dict[str, list[str]]:
         """Everything that was not compared, by kind, as text."""
@@ -95,7 +96,7 @@ class EvaluationReport:
 
     def to_json(self) -> str:
         """The whole report; numbers that do not exist are null, with their reason."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "points"}
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.repr}
         values = {name: _plain(value) for name, value in fields.items()}
         return json.dumps(values, indent=2, allow_nan=False)
 
@@ -202,6 +203,7 @@ def evaluate_files(
         problems=scores.problems,
         rejected=[item for item in items if isinstance(item, Rejected)],
         points=np.stack([pred, human], axis=1),
+        ids=[record.id for record in rated],
     )
 
 

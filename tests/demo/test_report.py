@@ -6,7 +6,8 @@ from html.parser import HTMLParser
 import numpy as np
 from PIL import Image
 
-from multitap_jax.demo.report import Example, Interval, ModelRow, ObjectiveRow, ReportData, write_report
+from multitap_jax.demo.report import ModelRow, ObjectiveRow, ReportData, write_report
+from multitap_jax.pages.elements import Example, Interval
 
 
 def fabricated(folder) -> ReportData:

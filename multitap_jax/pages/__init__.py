@@ -1,0 +1,1 @@
+"""Self-contained HTML pages: elements, charts and one style; no script, nothing that is loaded from elsewhere."""

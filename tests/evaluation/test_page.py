@@ -1,0 +1,99 @@
+"""The page of an evaluation: complete, escaped, self-contained, and readable in a browser of any width."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from multitap_jax.evaluation.page import write_evaluation
+from multitap_jax.evaluation.report import evaluate_files
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """Forty texts of ten pictures, one of which is not there."""
+    folder, rng = tmp_path_factory.mktemp("page"), np.random.default_rng(0)
+    records, scores = [], []
+    for picture in range(10):
+        if picture:
+            pixels = rng.integers(0, 256, (300, 400, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / f"{picture}.png")
+        for text in range(4):
+            name, human = f"{picture}-{text}", float(rng.random())
+            words = f"Text {name} with <script>alert(1)</script> & more words than fit on one line of a phone"
+            ratings = {"safety": 1 + 4 * human, "never_rated": None}
+            records.append({"id": name, "image": f"{picture}.png", "text": words, "score": human, "ratings": ratings})
+            guess = float(np.clip(human + rng.normal(0, 0.2), 0, 1))
+            scores.append({"id": name, "score": guess, "scores": {"safety": 5 * guess}, "error": None})
+    scores[7]["error"], scores[7]["score"] = "image broke", None
+    for name, rows in (("records", records), ("scores", scores)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = evaluate_files(folder / "scores.jsonl", folder / "records.jsonl", bootstrap_samples=50)
+    return write_evaluation(folder / "out" / "page.html", report, folder / "scores.jsonl", folder / "records.jsonl")
+
+
+def test_it_is_one_file_that_loads_and_runs_nothing(page):
+    text = page.read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+    sources = re.findall(r'src="([^"]*)', text)
+    assert len(sources) >= 2 + 2 * 5
+    assert all(re.match(r"data:image/(png|jpeg);base64,", source) for source in sources)
+    assert not re.search(r"https?://|url\(|@import", text)
+
+
+def test_it_says_what_was_compared_and_what_was_not(page):
+    text = re.sub(r"data:image[^\"]*", "", page.read_text(encoding="utf-8"))
+    for words in (
+        "Overall score",
+        "Safety",
+        "<td>39</td>",
+        "Scored too high",
+        "Scored too low",
+        "As people see it",
+        "0.png",  # the picture that is not there is named
+        "1 unusable lines of scores",
+        "image broke",
+        "1 rated objectives without a prediction",
+        "samples of 10 whole groups",
+    ):
+        assert words in text, words
+
+
+def test_pages_are_the_same_each_time(page):
+    folder = page.parent.parent
+    report = evaluate_files(folder / "scores.jsonl", folder / "records.jsonl", bootstrap_samples=50)
+    again = write_evaluation(folder / "again.html", report, folder / "scores.jsonl", folder / "records.jsonl")
+    assert again.read_bytes() == page.read_bytes()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_shows_it_within_its_width(page, width, tmp_path):
+    """The page measures itself in an iframe of that width, since windows have a least width."""
+    probe = tmp_path / "probe.html"
+    probe.write_text(
+        f'<iframe id=f src="{page.as_uri()}" style="width:{width}px;height:900px;border:0"></iframe><pre id=o></pre>'
+        "<script>document.getElementById('f').onload=e=>{const d=e.target.contentDocument;"
+        "const broken=[...d.images].filter(i=>!i.naturalWidth).length;"
+        "document.getElementById('o').textContent='measured '+d.documentElement.scrollWidth+' '+broken+' '"
+        "+d.querySelectorAll('article').length}</script>"
+    )
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+    flags += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--allow-file-access-from-files", "--dump-dom"]
+    done = subprocess.run(
+        [str(CHROMIUM), *flags, "--virtual-time-budget=20000", probe.as_uri()],
+        capture_output=True, text=True, timeout=180, check=True,
+    )  # fmt: skip
+    found = re.search(r"measured (\d+) (\d+) (\d+)", done.stdout)
+    assert found, done.stdout[:500] + done.stderr[-500:]
+    assert int(found[1]) <= width
+    assert int(found[2]) == 0
+    assert int(found[3]) == 18
