@@ -18,7 +18,7 @@ from multitap_jax.data.images import ImagePatches, ImageReader
 from multitap_jax.data.layouts import Grid, Vision
 from multitap_jax.data.packing import Example, group_examples, pack
 from multitap_jax.data.placement import Group, need, place
-from multitap_jax.data.prompts import Encoded, Prompter, PromptError
+from multitap_jax.data.prompts import Encoded, PromptError, SupportsEncode
 from multitap_jax.data.shapes import ShapeBook, choose_row_length, images_per_row, texts_per_row, vision_length
 
 
@@ -59,7 +59,7 @@ class StreamPacker:
       hidden: hidden size of the decoder, for the choice of row lengths.
       batch_tokens: about how many tokens a batch holds; bounds device memory.
       max_length: longest pair in tokens, image tokens included.
-      truncate: cut longer texts instead of refusing them.
+      truncate: cut longer texts instead of refusing them; None: they must not be cut.
       cells: data shards of the mesh.
       workers: threads that decode images.
 
@@ -69,14 +69,14 @@ class StreamPacker:
 
     def __init__(
         self,
-        prompter: Prompter,
+        prompter: SupportsEncode,
         reader: ImageReader,
         vision: Vision,
         *,
         hidden: int,
         batch_tokens: int = 16384,
         max_length: int = 2048,
-        truncate: bool = False,
+        truncate: bool | None = False,
         cells: int = 1,
         workers: int = 4,
     ):
@@ -131,9 +131,10 @@ class StreamPacker:
                     "raise max_length (--max_length), or train with a smaller image policy"
                 )
             if not self.truncate:
+                remedy = "shorten it, raise max_length (--max_length), or have it cut with truncate (--truncate)"
                 return (
                     f"the text has {len(text)} tokens, but only {room} of {self.max_length} are left beside image and "
-                    "prompt; shorten it, raise max_length (--max_length), or have it cut with truncate (--truncate)"
+                    f"prompt; {remedy if self.truncate is not None else 'shorten it, or raise max_length'}"
                 )
             text = self._prompter.shorten(text, room)
             out.truncated[index] = True
