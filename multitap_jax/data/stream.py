@@ -125,16 +125,18 @@ class StreamPacker:
         """Adds the pair to `examples` if it is short enough or may be cut; else says why not."""
         text, room = item.text, self.max_length - prefix
         if len(text) > room:
+            if self.truncate is None:
+                whole = prefix + len(text)
+                return f"the prompt has {whole} tokens, more than {self.max_length}; shorten it, or raise max_length"
             if room <= len(self._prompter.closing):
                 return (
                     f"image and prompt alone take {prefix} of {self.max_length} tokens; "
                     "raise max_length (--max_length), or train with a smaller image policy"
                 )
             if not self.truncate:
-                remedy = "shorten it, raise max_length (--max_length), or have it cut with truncate (--truncate)"
                 return (
                     f"the text has {len(text)} tokens, but only {room} of {self.max_length} are left beside image and "
-                    f"prompt; {remedy if self.truncate is not None else 'shorten it, or raise max_length'}"
+                    "prompt; shorten it, raise max_length (--max_length), or have it cut with truncate (--truncate)"
                 )
             text = self._prompter.shorten(text, room)
             out.truncated[index] = True

@@ -3,12 +3,13 @@
 import math
 import re
 
-_NUMBER = r"(?<![\w.])(?P<value>\d+(?:\.\d+)?)(?![\w%]|\.\d)(?:\s*(?:/|out of)\s*(?P<of>\d+)(?!\w))?"
+_OUT_OF = r"(?:\s*(?:/|out of)\s*(?P<of>\d+)(?!\w))"
+_NUMBER = r"(?<![\w.-])(?P<value>\d+(?:\.\d+)?)(?![\w%]|\.\d)" + _OUT_OF
 # In the order in which they are tried: a number said to be the score, one out of a whole, one that comes first.
 _FORMS = (
-    re.compile(r"\b(?:score|rating|grade)\b[^\d.!?\n]{0,24}?" + _NUMBER, re.IGNORECASE),
-    re.compile(_NUMBER.removesuffix("?"), re.IGNORECASE),
-    re.compile(r"^\W*" + _NUMBER, re.IGNORECASE),
+    re.compile(r"\b(?:score|rating|grade)\b[^\d.!?\n]{0,24}?" + _NUMBER + "?", re.IGNORECASE),
+    re.compile(_NUMBER, re.IGNORECASE),
+    re.compile(r"^\W*" + _NUMBER + "?", re.IGNORECASE),
 )
 
 

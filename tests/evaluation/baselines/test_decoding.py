@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 
 from multitap_jax.backbones import Execution
-from multitap_jax.backbones.attention import attention, attention_in_parts, make_cross_visibility, make_visibility
-from multitap_jax.backbones.attention import Keys, Queries
+from multitap_jax.backbones.attention import (
+    Keys,
+    Queries,
+    attention,
+    attention_in_parts,
+    make_cross_visibility,
+    make_visibility,
+)
 from multitap_jax.evaluation.baselines.decoding import first_tokens, greedy
 from multitap_jax.weights.hub import load_backbone
 from multitap_jax.weights.language import load_language_head
@@ -101,7 +107,8 @@ def test_nan_is_noticed(model, rows):
     assert not np.asarray(found.finite)[batch.record >= 0].any()
 
 
-def test_attention_in_parts_is_attention_over_all(rng=np.random.default_rng(3)):
+def test_attention_in_parts_is_attention_over_all():
+    rng = np.random.default_rng(3)
     shape = (2, 9, 4, 8)
     q, k, v = (rng.standard_normal((*shape[:2], heads, 8)).astype(np.float32) for heads in (4, 2, 2))
     segment = np.array([[1, 1, 2, 2, 2, 3, 3, 0, 0], [1, 2, 2, 2, 3, 3, 3, 4, 0]], np.int32)
