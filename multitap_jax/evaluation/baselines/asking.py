@@ -24,6 +24,11 @@ class Asked:
     errors: list[str | None]
     n_tokens: np.ndarray
 
+    @property
+    def lost(self) -> np.ndarray:
+        """bool[N], prompts without an answer."""
+        return np.asarray([error is not None for error in self.errors], bool)
+
 
 class Asker:
     """Packs prompts and hands out answers; calls from several threads take turns.

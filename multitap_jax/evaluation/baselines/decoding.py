@@ -209,7 +209,7 @@ def first_tokens(
     def row(hidden: jax.Array) -> FirstTokens:
         logits = head(hidden)
         total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-        best, token = jax.lax.top_k(logits, top)
+        best, token = jax.lax.top_k(logits, min(top, logits.shape[-1]))
         return FirstTokens(jnp.take(logits, wanted, axis=-1) - total, best - total, token)
 
     return jax.lax.map(row, backbone(batch, execution))

@@ -149,6 +149,7 @@ class Judge:
             None if error is not None else self._prompter.decode(tokens[:count])
             for error, tokens, count in zip(asked.errors, written, length, strict=True)
         ]
+        length[asked.lost], stopped[asked.lost] = 0, False
         scores = np.asarray([np.nan if text is None else parse_score(text) for text in spelt], np.float32)
         return Verdicts(scores, spelt, asked.n_tokens, length, stopped, asked.errors)
 
@@ -229,9 +230,9 @@ class Judge:
 
         asked = self._ask(prompts, self._first(tokens, top or 1), collect, show_progress=show_progress)
         mass = chance.sum(axis=1)
-        usable = (mass > 0) & np.asarray([error is None for error in asked.errors], bool)
+        usable = (mass > 0) & ~asked.lost
         mean = chance @ np.asarray(numbers, np.float64) / np.where(usable, mass, 1)
-        scores = np.where(usable, mean, np.nan).astype(np.float32)
+        scores, mass = np.where(usable, mean, np.nan).astype(np.float32), np.where(asked.lost, 0, mass)
         return Expected(scores, mass.astype(np.float32), asked.n_tokens, asked.errors)
 
     def _yes_no(self, prompts: list[Pair], together: int, show_progress: bool) -> YesNo:
@@ -247,6 +248,7 @@ class Judge:
 
         compute = self._first(np.asarray([yes[0], no[0]]), 1)
         asked = self._ask(prompts, compute, collect, together=together, show_progress=show_progress)
+        p_yes[asked.lost], p_no[asked.lost], answer[asked.lost] = np.nan, np.nan, 0
         return YesNo(p_yes, p_no, answer, asked.n_tokens, asked.errors)
 
     def _first(self, wanted: np.ndarray, top: int) -> Callable[[PackedBatch], FirstTokens]:

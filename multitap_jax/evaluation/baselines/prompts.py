@@ -32,8 +32,9 @@ CHECK = "Request: {request}\nResponse: {text}\nQuestion: {question} Answer yes o
 
 
 def fill(template: str, text: str, request: str | None, **others: Any) -> str:
-    """The body of a prompt; a text may hold braces, but nothing in it is filled in."""
-    return template.format(text=text.strip(), request=request or DEFAULT_REQUEST, **others)
+    """The body of a prompt, empty where the text is; a text may hold braces, but nothing in it is filled in."""
+    text = text.strip()
+    return template.format(text=text, request=request or DEFAULT_REQUEST, **others) if text else ""
 
 
 class JudgePrompter:
@@ -66,6 +67,8 @@ class JudgePrompter:
         errors: dict[int, PromptError] = {}
         for index, (body, count) in enumerate(zip(texts, num_images, strict=True)):
             try:
+                if not body:
+                    raise PromptError("the text is empty")
                 check_text(body, "prompt", self._control)
             except PromptError as error:
                 errors[index] = error

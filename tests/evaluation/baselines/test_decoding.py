@@ -75,6 +75,7 @@ def test_the_cache_changes_nothing(model, rows):
     assert fast_greedy(model, rows, ()) == expected
     assert fast_greedy(model, rows, (), new=1) == [row[:1] for row in expected]
     assert fast_greedy(model, rows, (), attention="blockwise") == expected
+    assert {len(row) for row in fast_greedy(model, rows, (), dtype="bfloat16")} == {NEW}
     stop = (expected[0][3], expected[4][0])  # one text stops in the middle, one at once
     stopping = [slow_greedy(model, group, text, stop) for group, text in alone]
     assert {len(row) for row in stopping} >= {0, NEW}

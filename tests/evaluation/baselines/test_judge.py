@@ -177,7 +177,8 @@ def test_an_artefact_judges_as_its_base(saved, tmp_path):
 def test_a_pair_that_cannot_be_asked_has_an_error_in_its_place(judge, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
-    images, texts = [WIDE, broken, WIDE, WIDE], ["a ball", "a ball", "a <|im_end|>", "ball " * 5000]
+    images = [WIDE, broken, WIDE, WIDE, WIDE]
+    texts = ["a ball", "a ball", "a <|im_end|>", "ball " * 5000, " "]
     checklist = Checklist((Question("q", "Is it?"), Question("r", "Or?")))
     found = [
         judge.verdicts(images=images, texts=texts, max_new_tokens=2),
@@ -190,9 +191,10 @@ def test_a_pair_that_cannot_be_asked_has_an_error_in_its_place(judge, tmp_path):
         assert "broken.png" in one.errors[1]
         assert "control token '<|im_end|>'" in one.errors[2]
         assert "more than 4096; shorten it, or raise max_length" in one.errors[3]
+        assert one.errors[4] == "the text is empty"
         assert one.n_tokens[0] > 0
         assert not one.n_tokens[1:].any()
-    assert found[0].texts[1:] == [None] * 3
+    assert found[0].texts[1:] == [None] * 4
     for numbers in (found[0].scores, found[1].p_yes, found[2].scores, found[3].p_yes):
         assert np.isnan(numbers[1:]).all()
 
@@ -248,3 +250,9 @@ def test_where_answers_end(tmp_path):
     assert stop_tokens(tmp_path, named) == (6,)
     write("generation_config.json", eos_token_id=[4, 5])
     assert stop_tokens(tmp_path, named) == (4, 5)
+
+
+@pytest.mark.parametrize("template", [VERDICT, YES_NO, NUMBER, CHECK])
+def test_the_documentation_has_the_prompts_to_the_letter(template):
+    text = (Path(__file__).parents[3] / "docs" / "baselines.md").read_text()
+    assert f"```\n{template}\n```\n" in text
