@@ -40,13 +40,13 @@ WORDS = "a red ball near the blue box on your left and two green cones far away 
 TEXT_WORDS = 30
 
 
-def make_pairs(images: int, texts: int, rng: np.random.Generator) -> list[Pair]:
-    """`images` pictures with `texts` texts each; 25 to 35 words a text."""
+def make_pairs(images: int, texts: int, rng: np.random.Generator, text_words: int = TEXT_WORDS) -> list[Pair]:
+    """`images` pictures with `texts` texts each; `text_words` words a text, give or take 5."""
     out = []
     for _ in range(images):
         picture = Image.fromarray(rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8))
         for _ in range(texts):
-            words = rng.choice(WORDS, int(rng.integers(TEXT_WORDS - 5, TEXT_WORDS + 6)))
+            words = rng.choice(WORDS, int(rng.integers(text_words - 5, text_words + 6)))
             out.append(Pair((picture,), " ".join(words)))
     return out
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 C = TypeVar("C")
+COMPARING = "bradley-terry"  # the objective that needs groups
 
 
 class ConfigError(ValueError):
@@ -256,6 +257,10 @@ class TrainConfig:
     Attributes:
       batch_size: pairs an optimizer step.
       accumulation: micro-batches a step is cut into.
+      objective: "mse" (squared error of the score, the official one), "huber", or "bradley-terry" (which of two records
+        of a group is better: the same `group`, or else the same pictures and request; only the order of scores then
+        means something). Groups are kept whole; steps hold as many as `batch_size` allows.
+      huber_delta: error of a score, 0 to 1, from which on "huber" is linear.
       epochs: passes over the pairs.
       seed: of the order, of the held-out groups, and of new weights.
       evaluate_every: steps between two evaluations of held-out pairs; 0 evaluates only at the end.
@@ -274,6 +279,8 @@ class TrainConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     batch_size: int = 32
     accumulation: int = 1
+    objective: str = "mse"
+    huber_delta: float = 0.1
     epochs: int = 1
     seed: int = 42
     evaluate_every: int = 200
@@ -285,12 +292,28 @@ class TrainConfig:
     def __post_init__(self) -> None:
         rules: dict[str, Any] = dict.fromkeys(("batch_size", "accumulation", "epochs", "log_every"), (1, math.inf))
         rules |= {"evaluate_every": (0, math.inf), "seed": (0, math.inf), "spike_factor": (0, math.inf)}
+        rules |= {"objective": ("mse", "huber", COMPARING), "huber_delta": (0, math.inf)}
         wrong = _problems("config", self, rules)
+        if self.huber_delta == 0:
+            wrong.append("config.huber_delta = 0: expected more than 0")
+        if self.objective == COMPARING:
+            wrong += self._against_comparing()
         if 0 < self.spike_factor <= 1:
             wrong.append(f"config.spike_factor = {self.spike_factor}: expected more than 1, or 0 for no watch")
         if min(self.profile) < 0:
             wrong.append(f"config.profile = {self.profile}: expected (first step, number of steps), 0 or more each")
         _refuse(wrong)
+
+    def _against_comparing(self) -> list[str]:
+        """What does not go with comparisons inside groups."""
+        wrong = []
+        if self.data.shuffle == "pairs":
+            wrong.append(f"config.data.shuffle = 'pairs' tears groups apart, which {COMPARING} compares: take 'groups'")
+        if self.checkpoint.keep_best and self.checkpoint.best_by == "loss":
+            wrong.append(
+                f"config.checkpoint.best_by = 'loss' is an error of scores, which {COMPARING} only orders: take 'tau_b'"
+            )
+        return wrong
 
 
 def describe(cls: Any, path: str = "config") -> list[tuple[str, Any, str]]:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from multitap_jax.backbones.layers import matmul_precision
 from multitap_jax.batch import Array
@@ -131,6 +132,30 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility) 
     groups = k.shape[2]
     q = q.reshape(rows, length, groups, heads // groups, dim)
     out = BACKENDS[visibility.backend](q, k, v, visibility)
+    return out.reshape(rows, length, heads, dim).astype(q.dtype)
+
+
+def attention_in_parts(q: jax.Array, parts: Sequence[tuple[jax.Array, jax.Array, Visibility]]) -> jax.Array:
+    """As dense `attention` over the keys of all parts together, which stay where they lie instead of being joined.
+
+    Args:
+      q: [B, Sq, A, D].
+      parts: keys and values [B, Sk, G, D], and who sees them, prepared for the backend "dense".
+
+    Returns:
+      [B, Sq, A, D] in the type of `q`.
+    """
+    rows, length, heads, dim = q.shape
+    groups = parts[0][0].shape[2]
+    grouped = q.reshape(rows, length, groups, heads // groups, dim)
+    scores = []
+    for k, _, visibility in parts:
+        assert visibility.mask is not None
+        scores.append(jnp.where(visibility.mask[:, None, None], _scores(grouped, k), MASKED_SCORE))
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
+    ends = np.cumsum([k.shape[1] for k, _, _ in parts])[:-1]
+    shares = jnp.split(weights, ends, axis=-1)
+    out = functools.reduce(jnp.add, [_mix(w, v) for w, (_, v, _) in zip(shares, parts, strict=True)])
     return out.reshape(rows, length, heads, dim).astype(q.dtype)
 
 

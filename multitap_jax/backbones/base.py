@@ -27,11 +27,17 @@ class Backbone(nnx.Module):
 
     def __call__(self, batch: PackedBatch, execution: Execution) -> jax.Array:
         """Final-norm hidden states at `batch.pool`, float32[B, K, H]."""
-        return self.text(self.embed(batch, execution), batch, execution)
+        x, more, each = self.inputs(batch, execution)
+        return self.text(x, batch, execution, *more, each=each)
 
     def hidden_states(self, batch: PackedBatch, execution: Execution) -> jax.Array:
         """[L + 1, B, S, H]: the embeddings and the output of each decoder layer, before the final norm."""
-        return self.text.hidden_states(self.embed(batch, execution), batch, execution)
+        x, more, each = self.inputs(batch, execution)
+        return self.text.hidden_states(x, batch, execution, *more, each=each)
+
+    def inputs(self, batch: PackedBatch, execution: Execution) -> tuple[jax.Array, tuple[Any, ...], tuple[Any, ...]]:
+        """The embeddings [B, S, H]; what all decoder layers get besides; what each gets of its own."""
+        return self.embed(batch, execution), (), ()
 
     def embed(self, batch: PackedBatch, execution: Execution) -> jax.Array:
         """[B, S, H]: token embeddings, replaced by image features at image tokens."""

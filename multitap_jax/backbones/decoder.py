@@ -97,6 +97,10 @@ class DecoderConfig:
         yield from self.rope.inconsistencies(self.head_dim)
 
 
+# Queries, keys and values of new tokens, and what is seen -> mixed values; what writes tokens remembers keys in it.
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Visibility], jax.Array]
+
+
 class TextAttention(nnx.Module):
     """Causal grouped-query self-attention with rotary positions."""
 
@@ -113,13 +117,15 @@ class TextAttention(nnx.Module):
         self.k_norm = nnx.data(norm() if config.qk_norm else None)
         self.head_dim = dim
 
-    def __call__(self, x: jax.Array, angles: Angles, visibility: Visibility) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, angles: Angles, visibility: Visibility, *, attend: Attend = attention
+    ) -> jax.Array:
         """[B, S, H] -> [B, S, H]."""
         shape = (*x.shape[:2], -1, self.head_dim)
         q, k, v = (project(x).reshape(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        out = attention(rotate(q, angles), rotate(k, angles), v, visibility)
+        out = attend(rotate(q, angles), rotate(k, angles), v, visibility)
         return self.o_proj(out.reshape(*x.shape[:2], -1))
 
 
@@ -147,9 +153,11 @@ class TextLayer(nnx.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype=param_dtype, stack=stack)
         self.mlp = TextMLP(config, rngs=rngs, param_dtype=param_dtype, stack=stack)
 
-    def __call__(self, x: jax.Array, angles: Angles, visibility: Visibility) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, angles: Angles, visibility: Visibility, *, attend: Attend = attention
+    ) -> jax.Array:
         """[B, S, H] -> [B, S, H]."""
-        x = x + self.attention(self.attention_norm(x), angles, visibility)
+        x = x + self.attention(self.attention_norm(x), angles, visibility, attend=attend)
         return x + self.mlp(self.mlp_norm(x))
 
 

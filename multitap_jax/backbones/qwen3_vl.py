@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from multitap_jax.backbones.attention import Visibility
+from multitap_jax.backbones.attention import Visibility, attention
 from multitap_jax.backbones.config import Section, tied
-from multitap_jax.backbones.decoder import Decoder, DecoderConfig, TextLayer, image_features, place_features
+from multitap_jax.backbones.decoder import Attend, Decoder, DecoderConfig, TextLayer, image_features, place_features
 from multitap_jax.backbones.layers import param, tanh_gelu
 from multitap_jax.backbones.qwen import (
     PatchMerger,
@@ -220,15 +220,17 @@ def last_positions(position: jax.Array, segment: jax.Array, count: int) -> jax.A
 class DeepstackLayer(TextLayer):
     """Decoder layer; behind the first K, image tokens get the features of a state on the way through the tower."""
 
-    def __call__(self, x: jax.Array, angles: Angles, visibility: Visibility, *deepstack: jax.Array) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, angles: Angles, visibility: Visibility, *deepstack: jax.Array, attend: Attend = attention
+    ) -> jax.Array:
         """[B, S, H] -> [B, S, H].
 
         Args:
-          x, angles, visibility: as `TextLayer` has them.
+          x, angles, visibility, attend: as `TextLayer` has them.
           *deepstack: nothing for a batch without pictures, else features [K, cells of the batch, H], image_cell
             int32[B, S], and the number of the layer, int32[].
         """
-        x = super().__call__(x, angles, visibility)
+        x = super().__call__(x, angles, visibility, attend=attend)
         if not deepstack:
             return x
         features, cell, layer = deepstack
@@ -249,17 +251,7 @@ class Qwen3VL(QwenVL):
         decoder = functools.partial(Decoder, layer=DeepstackLayer)
         super().__init__(config, DeepstackTower, decoder=decoder, rngs=rngs, param_dtype=param_dtype)
 
-    def __call__(self, batch: PackedBatch, execution: Execution) -> jax.Array:
-        """Final-norm hidden states at `batch.pool`, float32[B, K, H]."""
-        x, more, each = self._inputs(batch, execution)
-        return self.text(x, batch, execution, *more, each=each)
-
-    def hidden_states(self, batch: PackedBatch, execution: Execution) -> jax.Array:
-        """[L + 1, B, S, H]: the embeddings and the state behind each decoder layer, before the final norm."""
-        x, more, each = self._inputs(batch, execution)
-        return self.text.hidden_states(x, batch, execution, *more, each=each)
-
-    def _inputs(self, batch: PackedBatch, execution: Execution) -> tuple[jax.Array, tuple[Any, ...], tuple[Any, ...]]:
+    def inputs(self, batch: PackedBatch, execution: Execution) -> tuple[jax.Array, tuple[Any, ...], tuple[Any, ...]]:
         """The embeddings [B, S, H]; what all decoder layers get besides; what each gets of its own."""
         x = self.text.embed(jnp.asarray(batch.tokens), execution.compute_dtype)
         if batch.patches.shape[0] == 0:

@@ -23,6 +23,7 @@ class ChatFormat:
       images_first: images of a message come before all of its texts.
       upper_role: roles are written in capitals.
       opened: the tokenizer puts first tokens of its own (BOS) in front of a conversation.
+      generation: what asks for an answer; None: what opens a message of the assistant.
     """
 
     turn: str
@@ -35,6 +36,7 @@ class ChatFormat:
     images_first: bool = False
     upper_role: bool = False
     opened: bool = False
+    generation: str | None = None
 
     def render(self, messages: Sequence[Message]) -> str:
         """The conversation as one string, as the chat template gives it without a generation prompt."""
@@ -47,6 +49,11 @@ class ChatFormat:
             out += [self.image if part is IMAGE else self.text.replace("{text}", part) for part in parts]
             out.append(self.close)
         return "".join(out)
+
+    @property
+    def asking(self) -> str:
+        """What stands behind a conversation whose next message the model is to write."""
+        return self.turn.replace("{role}", "assistant") if self.generation is None else self.generation
 
 
 _LLAMA_TURN = "<|start_header_id|>{role}<|end_header_id|>\n\n"
@@ -88,6 +95,7 @@ LLAVA = ChatFormat(
     images_first=True,
     upper_role=True,
     opened=True,
+    generation="ASSISTANT:",
 )
 
 # LLaVA on Qwen2.
@@ -98,4 +106,5 @@ LLAVA_QWEN2 = ChatFormat(
     placeholder="<image>",
     text="\n{text}",
     images_first=True,
+    generation="<|im_start|>assistant\n",
 )

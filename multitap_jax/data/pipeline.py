@@ -5,6 +5,7 @@ picture), so one shape that holds every step is found once and the training step
 on demand by the loader's threads: all of them would not fit into memory.
 """
 
+import functools
 import hashlib
 import json
 import threading
@@ -15,6 +16,7 @@ import numpy as np
 
 from multitap_jax.batch import PackedBatch
 from multitap_jax.data.decode import ImageError
+from multitap_jax.data.groups import Links
 from multitap_jax.data.images import ImagePatches, ImageReader
 from multitap_jax.data.layouts import Vision
 from multitap_jax.data.packing import Example, Shape, group_examples, pack
@@ -48,6 +50,8 @@ class PackedDataset:
       cells: data shards x micro-batches; each gets an equal contiguous share of rows and of vision rows.
       own: the cells whose pictures this process reads, ascending: `patches` of its batches has their vision rows alone
         (`pack`). All processes place all cells, from lengths. None: all cells.
+      compare: records of a group will be compared: of the group they name, else of the same pictures and request. All
+        of them stand in one step and one cell, and so do groups that share a prefix.
       on_failure: told once, by a thread of the loader, of the records of a picture that cannot be read any more; they
         have weight 0 in the batches built without it.
 
@@ -71,6 +75,7 @@ class PackedDataset:
         row_length: int = 0,
         cells: int = 1,
         own: Sequence[int] | None = None,
+        compare: bool = False,
         on_failure: Callable[[list[Rejected]], None] | None = None,
     ):
         if not prepared.examples:
@@ -82,11 +87,9 @@ class PackedDataset:
         self._told: set[Hashable] = set()
         numbers: dict[tuple, int] = {}
         groups = [numbers.setdefault((e.images, e.prefix.tobytes()), len(numbers)) for e in prepared.examples]
-        self._plan = [
-            step
-            for epoch in range(epochs)
-            for step in plan_epoch(groups, seed=seed, epoch=epoch, batch_size=batch_size, shuffle=shuffle)
-        ]
+        self._compared, self._bonds = compared_groups(groups, prepared.groups) if compare else ([], [])
+        plan = functools.partial(plan_epoch, self._bonds or groups, seed=seed, batch_size=batch_size)
+        self._plan = [step for epoch in range(epochs) for step in plan(epoch=epoch, shuffle=shuffle, whole=compare)]
         self.num_steps = len(self._plan)
         self.pairs_per_step = batch_size
         self._patches = {key: vision.layout.num_patches(grid) for key, grid in prepared.grids.items()}
@@ -129,6 +132,7 @@ class PackedDataset:
         for example, name in zip(self._data.examples, self._data.ids, strict=True):
             digest.update(name.encode() + example.prefix.tobytes() + example.text.tobytes())
             digest.update(json.dumps([list(example.images), example.target, example.weight]).encode())
+        digest.update(json.dumps(self._compared).encode() if self._compared else b"")
         vision = self._vision
         facts = [vision.layout.features, *vision.layout.block, vision.placeholder, vision.position_mode]
         digest.update(json.dumps(facts).encode())
@@ -139,6 +143,7 @@ class PackedDataset:
 
     def _place(self, step: np.ndarray) -> tuple[list, list[Cell], Need]:
         groups, prefixes = group_examples(self._examples(step), self._data.grids, self._vision)
+        bonds = [self._bonds[step[group.texts[0][0]]] for group in groups] if self._bonds else None
         cells = place(
             groups,
             self._patches,
@@ -147,6 +152,7 @@ class PackedDataset:
             vision_length=self._vision_length,
             max_images=self._max_images,
             cells=self._cells,
+            bonds=bonds,
         )
         return [groups, prefixes], cells, need(cells)
 
@@ -196,6 +202,12 @@ class PackedDataset:
         """Ids of the records of a step, in the order that `PackedBatch.record` indexes."""
         return [self._data.ids[i] for i in self._plan[step]]
 
+    def groups(self, step: int) -> np.ndarray:
+        """int32[pairs_per_step]: which records of a step are compared, by equal numbers; -1 beyond its records."""
+        out = np.full(self.pairs_per_step, -1, np.int32)
+        out[: len(self._plan[step])] = [self._compared[index] for index in self._plan[step]]
+        return out
+
     def loader(self, start_step: int = 0, *, num_threads: int = 2, read_ahead: int = 4) -> Iterator[PackedBatch]:
         """Batches from `start_step` on, built ahead of their use by `num_threads` threads."""
         steps = grain.MapDataset.range(start_step, self.num_steps)
@@ -210,3 +222,21 @@ class PackedDataset:
             groups, _ = group_examples(self._examples(step), self._data.grids, self._vision)
             used += sum(g.prefix + sum(size for _, size in g.texts) for g in groups)
         return used / (self.num_steps * self.shape.rows * self.shape.tokens)
+
+
+def compared_groups(prefixes: Sequence[int], named: Sequence[str | None]) -> tuple[list[int], list[int]]:
+    """Of each pair, the number of the group it is compared in, and the number of its bond: what shares a step and cell.
+
+    A bond joins groups that share a prefix, which is laid out once.
+
+    Args:
+      prefixes: number of each pair's prefix.
+      named: the group that its record names, or None, for that of its prefix.
+    """
+    labels = [f"prefix:{p}" if name is None else f"group:{name}" for p, name in zip(prefixes, named, strict=True)]
+    links = Links()
+    for prefix, label in zip(prefixes, labels, strict=True):
+        links.link([label, f"prefix:{prefix}"])
+    numbers: dict[str, int] = {}
+    count = lambda label: numbers.setdefault(label, len(numbers))
+    return [count(label) for label in labels], [count(f"bond:{links.root(label)}") for label in labels]

@@ -95,6 +95,7 @@ def place(
     vision_length: int,
     max_images: int | None = None,
     cells: int = 1,
+    bonds: Sequence[Hashable] | None = None,
 ) -> list[Cell]:
     """Places groups into `cells` cells; best-fit decreasing within a cell, the emptiest cell first.
 
@@ -106,6 +107,8 @@ def place(
       vision_length: patches a vision row (P).
       max_images: image tokens a row (I) where the backbone keeps images apart; None: as many as there is room for.
       cells: number of cells.
+      bonds: a label of each group; groups of one label share a cell, whatever it costs. None: each stands for itself,
+        and may be cut between cells.
 
     Raises:
       PackingError: for a pair longer than a row or an image larger than a vision row.
@@ -113,10 +116,15 @@ def place(
     pieces = split_groups(groups, row_length, max_texts)
     shares: list[list[Piece]] = [[] for _ in range(cells)]
     load = [0] * cells
-    for piece in sorted(pieces, key=lambda p: (-p.length, p.group, p.texts[0][0])) if cells > 1 else pieces:
+    bound: dict[Hashable, list[Piece]] = {}
+    for number, piece in enumerate(pieces):
+        bound.setdefault(number if bonds is None else bonds[piece.group], []).append(piece)
+    size = lambda unit: sum(piece.length for piece in unit)
+    by_size = lambda unit: (-size(unit), unit[0].group, unit[0].texts[0][0])
+    for unit in sorted(bound.values(), key=by_size) if cells > 1 else bound.values():
         emptiest = load.index(min(load))
-        shares[emptiest].append(piece)
-        load[emptiest] += piece.length
+        shares[emptiest] += unit
+        load[emptiest] += size(unit)
     out = []
     for share in shares:
         images = [len(groups[p.group].images) if max_images is not None else 0 for p in share]

@@ -25,6 +25,7 @@ class Prepared(NamedTuple):
       examples, ids, lines: parallel lists: the pair, its record's id, and the line that the record stands on.
       files, grids: of the image keys.
       rejected: records that cannot be used, in input order.
+      groups: the group that each pair's record names, or None; parallel to `examples`.
     """
 
     examples: list[Example]
@@ -33,6 +34,7 @@ class Prepared(NamedTuple):
     files: dict[Hashable, Path]
     grids: dict[Hashable, Grid]
     rejected: list[Rejected]
+    groups: Sequence[str | None] = ()
 
 
 def target_of(record: Record, target: str, target_range: tuple[float, float]) -> float | None:
@@ -82,7 +84,8 @@ def prepare(
     pairs = [_pair(*item, target, target_range) for item in zip(records, encoded, strict=True)]
     wanted = [path for r, pair in zip(records, pairs, strict=True) if not isinstance(pair, str) for path in r.images]
     pictures, broken = _check(dict.fromkeys(wanted), reader, advance)
-    out = Prepared([], [], [], {}, {}, [])
+    named: list[str | None] = []
+    out = Prepared([], [], [], {}, {}, [], named)
     for record, pair in zip(records, pairs, strict=True):
         reason = pair if isinstance(pair, str) else next((broken[f] for f in record.images if f in broken), None)
         if reason is None and not isinstance(pair, str):
@@ -94,6 +97,7 @@ def prepare(
                 out.examples.append(pair._replace(images=tuple(key for key, _ in found)))
                 out.ids.append(record.id)
                 out.lines.append(record.line)
+                named.append(record.group)
         if reason is not None:
             out.rejected.append(Rejected(record.line, record.id, reason))
     return out

@@ -14,7 +14,7 @@ text) and `official-stage2` (as evaluation where the record has a request, as tr
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -49,6 +49,36 @@ def conversation(variant: str, request: str | None, num_images: int, text: str) 
     if variant == "official-train" or (variant == "official-stage2" and request is None):
         return [("user", [request or DEFAULT_REQUEST]), ("assistant", [*images, text])]
     return [("assistant", [request or DEFAULT_REQUEST, *images, text])]
+
+
+class SupportsEncode(Protocol):
+    """What packing needs of a `Prompter`."""
+
+    closing: np.ndarray
+
+    def encode(
+        self, texts: Sequence[str], requests: Sequence[str | None], num_images: Sequence[int]
+    ) -> "list[Encoded | PromptError]":
+        """Prefix and text of each pair, or why it has none."""
+
+    def shorten(self, text: np.ndarray, room: int) -> np.ndarray:
+        """A text cut to `room` tokens."""
+
+
+def control_tokens(tokenizer: Any) -> list[str]:
+    """The tokens that no text may spell, the longest first."""
+    return sorted(set(tokenizer.get_added_vocab()), key=len, reverse=True)
+
+
+def check_text(text: str, what: str, control: Sequence[str]) -> None:
+    """Raises PromptError where a text cannot be encoded, or spells one of the control tokens."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(f"the {what} is no valid Unicode: {error}") from None
+    for token in control:
+        if token in text:
+            raise PromptError(f"the {what} contains the control token {token!r}; remove it from the {what}")
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -86,7 +116,7 @@ class Prompter:
         check_variant(variant)
         self.variant = variant
         self._tokenizer, self._chat = tokenizer, chat
-        self._control = sorted(set(tokenizer.get_added_vocab()), key=len, reverse=True)
+        self._control = control_tokens(tokenizer)
         self.placeholder_id = int(tokenizer.convert_tokens_to_ids(chat.placeholder))
         _, after = self._rendered(None, 1)
         apart = any(after.startswith(token) for token in self._control)
@@ -114,13 +144,7 @@ class Prompter:
         return np.concatenate([self._opening, self._ids([before[:cut]])[0]]), last + before[cut:], min(cut, 1)
 
     def _clean(self, text: str, what: str) -> str:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise PromptError(f"the {what} is no valid Unicode: {error}") from None
-        for token in (*self._control, _TEXT):
-            if token in text:
-                raise PromptError(f"the {what} contains the control token {token!r}; remove it from the {what}")
+        check_text(text, what, (*self._control, _TEXT))
         return text
 
     def encode(

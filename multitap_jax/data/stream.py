@@ -18,7 +18,7 @@ from multitap_jax.data.images import ImagePatches, ImageReader
 from multitap_jax.data.layouts import Grid, Vision
 from multitap_jax.data.packing import Example, group_examples, pack
 from multitap_jax.data.placement import Group, need, place
-from multitap_jax.data.prompts import Encoded, Prompter, PromptError
+from multitap_jax.data.prompts import Encoded, PromptError, SupportsEncode
 from multitap_jax.data.shapes import ShapeBook, choose_row_length, images_per_row, texts_per_row, vision_length
 
 
@@ -59,7 +59,7 @@ class StreamPacker:
       hidden: hidden size of the decoder, for the choice of row lengths.
       batch_tokens: about how many tokens a batch holds; bounds device memory.
       max_length: longest pair in tokens, image tokens included.
-      truncate: cut longer texts instead of refusing them.
+      truncate: cut longer texts instead of refusing them; None: they must not be cut.
       cells: data shards of the mesh.
       workers: threads that decode images.
 
@@ -69,14 +69,14 @@ class StreamPacker:
 
     def __init__(
         self,
-        prompter: Prompter,
+        prompter: SupportsEncode,
         reader: ImageReader,
         vision: Vision,
         *,
         hidden: int,
         batch_tokens: int = 16384,
         max_length: int = 2048,
-        truncate: bool = False,
+        truncate: bool | None = False,
         cells: int = 1,
         workers: int = 4,
     ):
@@ -125,6 +125,9 @@ class StreamPacker:
         """Adds the pair to `examples` if it is short enough or may be cut; else says why not."""
         text, room = item.text, self.max_length - prefix
         if len(text) > room:
+            if self.truncate is None:
+                whole = prefix + len(text)
+                return f"the prompt has {whole} tokens, more than {self.max_length}; shorten it, or raise max_length"
             if room <= len(self._prompter.closing):
                 return (
                     f"image and prompt alone take {prefix} of {self.max_length} tokens; "

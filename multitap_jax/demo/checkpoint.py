@@ -93,8 +93,8 @@ def build_checkpoint(folder: str | Path, corpus: Iterable[str], *, seed: int) ->
     return folder
 
 
-def train_tokenizer(corpus: Iterable[str]) -> "PreTrainedTokenizerFast":
-    """A Qwen2-style byte-level BPE tokenizer whose merges come from `corpus` and the words of the prompts."""
+def train_tokenizer(corpus: Iterable[str], size: int = _VOCABULARY_SIZE) -> "PreTrainedTokenizerFast":
+    """A Qwen2-style byte-level BPE tokenizer of `size` tokens, merged from `corpus` and the words of the prompts."""
     hush_transformers()
     from transformers import PreTrainedTokenizerFast
 
@@ -105,7 +105,7 @@ def train_tokenizer(corpus: Iterable[str]) -> "PreTrainedTokenizerFast":
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     core.decoder = decoders.ByteLevel()
-    room = _VOCABULARY_SIZE - len(SPECIAL_TOKENS)
+    room = size - len(SPECIAL_TOKENS)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=room, initial_alphabet=alphabet, show_progress=False)
     core.train_from_iterator([*_PROMPT_WORDS, *corpus], trainer)

@@ -43,6 +43,10 @@ class Dataset(Protocol):
         """Ids of the records of a step, as `PackedBatch.record` indexes them."""
         ...
 
+    def groups(self, step: int) -> np.ndarray:
+        """int32[N], the group of each record of a step for an objective that compares; N is the same in all steps."""
+        ...
+
 
 @dataclasses.dataclass
 class Loop:
@@ -58,13 +62,14 @@ class Loop:
       log, recorder, display, profile: what is written and shown.
       count: the work of a batch.
       check: called with each batch taken, before it is used; what it raises stops the run.
+      beside: what `train_step` gets besides the batch of a step.
     """
 
     config: TrainConfig
     mesh: Mesh
     dataset: Dataset
     eval_dataset: Dataset | None
-    train_step: Callable[[TrainState, nnx.State, PackedBatch], tuple[TrainState, Metrics]]
+    train_step: Callable[..., tuple[TrainState, Metrics]]
     eval_step: Callable[[nnx.State, nnx.State, PackedBatch], tuple[jax.Array, jax.Array, jax.Array]]
     frozen: nnx.State
     checkpoints: Checkpoints
@@ -75,6 +80,7 @@ class Loop:
     profile: Profile
     count: Callable[[PackedBatch], Work]
     check: Callable[[], None]
+    beside: Callable[[int], tuple[np.ndarray, ...]] = lambda step: ()
 
     def run(self, step: int, state: TrainState, asked_to_stop: Callable[[int], bool]) -> tuple[int, TrainState]:
         """Goes on after `step` steps until all are done or somebody asks to stop; the last state is saved.
@@ -98,7 +104,8 @@ class Loop:
             self.check()
             self.profile.before(step)
             with self.recorder.paused() if step == start else contextlib.nullcontext():  # the first call compiles
-                state, metrics = self.train_step(state, self.frozen, shard_batch(batch, self.mesh))
+                placed = shard_batch(batch, self.mesh)
+                state, metrics = self.train_step(state, self.frozen, placed, *self.beside(step))
             self.recorder.add(step, metrics, np.asarray(batch.record), self.count(batch))
             step += 1
             if said := self.profile.after(step, metrics):

@@ -133,9 +133,11 @@ class Recorder:
         host = jax.device_get(metrics)
         if not host["finite"]:
             raise NonFiniteError(self._complaint(index, host, record))
-        self._steps.append({name: float(host[name]) for name in ("loss", "grad_norm", "lr", "mean_score", "pairs")})
+        self._steps.append(
+            {name: float(host[name]) for name in ("loss", "grad_norm", "lr", "mean_score", "pairs", "terms")}
+        )
         self._work.append(work)
-        if host["pairs"] and (spike := self._spikes.see(index, float(host["loss"]))):
+        if host["terms"] and (spike := self._spikes.see(index, float(host["loss"]))):
             raise LossSpikeError(self._spike_complaint(index, spike))
 
     def _complaint(self, index: int, host: dict[str, np.ndarray], record: np.ndarray) -> str:
@@ -163,16 +165,16 @@ class Recorder:
     def line(self) -> dict[str, Any]:
         """Averages over the steps since the last line (settled first), rates, and a fresh start.
 
-        Loss and mean score are None where no pair of these steps counted.
+        Loss and mean score are None where nothing of these steps counted.
         """
         self.settle()
         seconds = max(self._clock() - self._start, 1e-9)
         steps, works = self._steps, self._work
-        pairs = sum(step["pairs"] for step in steps)
+        pairs, terms = (sum(step[name] for step in steps) for name in ("pairs", "terms"))
         tokens, padded = sum(w.tokens for w in works), sum(w.padded_tokens for w in works)
         flops = None if self._flops is None else sum(map(self._flops, works))
         line = {
-            "loss": sum(step["loss"] * step["pairs"] for step in steps) / pairs if pairs else None,
+            "loss": sum(step["loss"] * step["terms"] for step in steps) / terms if terms else None,
             "grad_norm": steps[-1]["grad_norm"],
             "lr": steps[-1]["lr"],
             "mean_score": sum(step["mean_score"] * step["pairs"] for step in steps) / pairs if pairs else None,

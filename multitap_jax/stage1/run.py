@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 from rich.console import Console
 
-from multitap_jax.config import ConfigError, TrainConfig
+from multitap_jax.config import COMPARING, ConfigError, TrainConfig
 from multitap_jax.data.pipeline import PackedDataset
 from multitap_jax.data.prepare import prepare
 from multitap_jax.data.processing import Contract, Processing
@@ -193,6 +193,7 @@ def _dataset(
         row_length=config.data.row_length,
         cells=batch_shards(mesh) * accumulation,
         own=[shard * accumulation + part for shard in own_shards(mesh) for part in range(accumulation)],
+        compare=config.objective == COMPARING and not held_out,
         on_failure=lambda broken: rejects.add(source, broken, by_all=False),
     )
 

@@ -18,8 +18,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from multitap_jax.backbones import Execution
-from multitap_jax.batch import PackedBatch
-from multitap_jax.config import ConfigError
+from multitap_jax.batch import Array, PackedBatch
+from multitap_jax.config import ConfigError, TrainConfig
 from multitap_jax.parallel.mesh import (
     BATCH_AXES,
     HOST_MEMORY,
@@ -28,11 +28,12 @@ from multitap_jax.parallel.mesh import (
     param_shardings,
     replicated,
 )
-from multitap_jax.stage1.objective import squared_error
+from multitap_jax.stage1.objective import Objective, make_objective
 from multitap_jax.stage1.optimizer import state_shardings
 from multitap_jax.stage1.trainable import Partition
 
 Metrics = dict[str, jax.Array]
+SQUARED_ERROR = make_objective(TrainConfig())
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("step", "trainable", "opt_state"), meta_fields=())
@@ -123,45 +124,53 @@ def make_train_step(
     *,
     accumulation: int = 1,
     offload: bool = False,
-) -> Callable[[TrainState, nnx.State, PackedBatch], tuple[TrainState, Metrics]]:
+    objective: Objective = SQUARED_ERROR,
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """Compiles `step(state, frozen, batch) -> (state, metrics)`; the given state is donated.
 
-    The gradient is that of the mean over all pairs of the step, whatever the number of micro-batches and devices. Where
-    loss or gradient are not finite the state is returned as it was, so a state is always a good one; also where no pair
-    counts, since decay and momentum would move the weights for no reason.
+    The gradient is that of the mean over all terms of the step (pairs, or comparisons of two), whatever the number of
+    micro-batches and devices. Where loss or gradient are not finite the state is returned as it was, so a state is
+    always a good one; also where nothing counts, since decay and momentum would move the weights for no reason.
 
-    Metrics, on every device: `loss`, `grad_norm` (before clipping), `lr`, `mean_score`, `pairs`, float32[];
+    Where the objective compares, the step takes one thing more, int32[N], the group of each record of the step; all
+    records of a group must stand in one cell.
+
+    Metrics, on every device: `loss`, `grad_norm` (before clipping), `lr`, `mean_score`, `pairs`, `terms`, float32[];
     `finite`, bool[]; `bad`, bool[B, K]: pairs whose logit is not finite.
     """
     shards, execution = batch_shards(mesh), dataclasses.replace(execution, mesh=mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(partition, optimizer, mesh, offload=offload))
     near = jax.tree.map(lambda x: x.sharding, abstract_state(partition, optimizer, mesh).opt_state)
 
-    def loss(trainable: nnx.State, frozen: nnx.State, cell: PackedBatch) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    def loss(
+        trainable: nnx.State, frozen: nnx.State, cell: PackedBatch, group: Array | None
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         logits = forward(nnx.merge(partition.graph, trainable, frozen), cell, execution)
-        total, count = squared_error(logits, cell.target, cell.weight)
+        total, count = objective.sums(logits, cell, group)
         return total, (total, count, logits)
 
-    def accumulate(trainable: nnx.State, frozen: nnx.State, cells: PackedBatch) -> tuple[Any, Any, Any, jax.Array]:
+    def accumulate(
+        trainable: nnx.State, frozen: nnx.State, cells: PackedBatch, group: Array | None
+    ) -> tuple[Any, Any, Any, jax.Array]:
         gradient = jax.grad(loss, has_aux=True)
         if accumulation == 1:  # no second copy of the gradients
-            grads, (total, count, logits) = gradient(trainable, frozen, jax.tree.map(lambda x: x[0], cells))
+            grads, (total, count, logits) = gradient(trainable, frozen, jax.tree.map(lambda x: x[0], cells), group)
             return grads, total, count, logits[None]
 
         def add(sums, cell):
-            grads, (total, count, logits) = gradient(trainable, frozen, cell)
+            grads, (total, count, logits) = gradient(trainable, frozen, cell, group)
             return jax.tree.map(jnp.add, sums, (grads, total, count)), logits
 
         zero = (jax.tree.map(jnp.zeros_like, trainable), jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
         (grads, total, count), logits = jax.lax.scan(add, zero, cells)
         return grads, total, count, logits
 
-    def step(state: TrainState, frozen: nnx.State, batch: PackedBatch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, frozen: nnx.State, batch: PackedBatch, *group: Array) -> tuple[TrainState, Metrics]:
         cells = split_cells(batch, shards, accumulation, partition.block)
-        grads, total, count, logits = accumulate(state.trainable, frozen, cells)
-        pairs = jnp.maximum(count, 1.0)
-        grads = jax.tree.map(lambda g: g / pairs, grads)
-        norm, mean = optax.global_norm(grads), total / pairs
+        grads, total, count, logits = accumulate(state.trainable, frozen, cells, *(group or (None,)))
+        terms = jnp.maximum(count, 1.0)
+        grads = jax.tree.map(lambda g: g / terms, grads)
+        norm, mean = optax.global_norm(grads), total / terms
         finite = jnp.isfinite(mean) & jnp.isfinite(norm)
         update = finite & (count > 0)
         if offload:
@@ -170,13 +179,14 @@ def make_train_step(
         new = TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), opt_state)
         logits = join_cells(logits)
         counted = batch.weight > 0
-        scores = jnp.where(counted, jax.nn.sigmoid(logits), 0.0)
+        scores, pairs = jnp.where(counted, jax.nn.sigmoid(logits), 0.0), jnp.sum(batch.weight)
         metrics = {
             "loss": mean,
             "grad_norm": norm,
             "lr": jnp.asarray(schedule(state.step), jnp.float32),
-            "mean_score": jnp.sum(scores) / pairs,
-            "pairs": count,
+            "mean_score": jnp.sum(scores) / jnp.maximum(pairs, 1.0),
+            "pairs": pairs,
+            "terms": count,
             "finite": finite,
             "bad": counted & ~jnp.isfinite(logits),
         }
@@ -184,7 +194,7 @@ def make_train_step(
 
     return jax.jit(
         step,
-        in_shardings=(shardings, None, batch_sharding(mesh)),
+        in_shardings=(shardings, None, batch_sharding(mesh), *[replicated(mesh)] * objective.compares),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )

@@ -16,13 +16,14 @@ from multitap_jax.backbones import Execution
 from multitap_jax.batch import PackedBatch
 from multitap_jax.checkpoint import CheckpointError, Checkpoints, DamagedError, SavePolicy
 from multitap_jax.checksum import checksum
-from multitap_jax.config import ConfigError, TrainConfig, to_dict
+from multitap_jax.config import COMPARING, ConfigError, TrainConfig, to_dict
 from multitap_jax.flops import Work, count_work, peak_flops, train_flops
 from multitap_jax.parallel.distributed import is_main_process
 from multitap_jax.parallel.mesh import HOST_MEMORY, make_mesh
 from multitap_jax.reward import RewardModel
 from multitap_jax.stage1.loop import Dataset, Loop, sigterm
 from multitap_jax.stage1.metrics import MetricsLog, Recorder
+from multitap_jax.stage1.objective import make_objective
 from multitap_jax.stage1.optimizer import make_optimizer, make_schedule
 from multitap_jax.stage1.profiling import Profile
 from multitap_jax.stage1.progress import Display, summary
@@ -122,7 +123,14 @@ def train(
                 dataset=dataset,
                 eval_dataset=eval_dataset,
                 train_step=make_train_step(
-                    split, optimizer, schedule, execution, mesh, accumulation=config.accumulation, offload=offload
+                    split,
+                    optimizer,
+                    schedule,
+                    execution,
+                    mesh,
+                    accumulation=config.accumulation,
+                    offload=offload,
+                    objective=make_objective(config),
                 ),
                 eval_step=make_eval_step(split, execution, mesh),
                 frozen=split.frozen,
@@ -134,6 +142,7 @@ def train(
                 profile=profile,
                 count=_work_counter(model.backbone.config),
                 check=check,
+                **({"beside": lambda step: (dataset.groups(step),)} if config.objective == COMPARING else {}),
             )
             step, state = loop.run(start, state, asked_to_stop)
             checkpoints.wait()
@@ -185,6 +194,10 @@ def _identity(config: TrainConfig, dataset: Dataset, frozen: int) -> dict[str, A
         del values["optimizer"][name]
     flat = {f"config.{s}.{k}": v for s, section in values.items() for k, v in section.items()}
     flat |= {f"config.{key}": getattr(config, key) for key in ("batch_size", "epochs", "seed")}
+    if config.objective != TrainConfig.objective:  # runs begun before there was a choice have no entry
+        flat["config.objective"] = config.objective
+        if config.objective == "huber":
+            flat["config.huber_delta"] = config.huber_delta
     if config.model.checkpoint.startswith(HUB):  # a folder may move, a commit is what it is
         flat["config.model.checkpoint"] = config.model.checkpoint
     plain = json.loads(json.dumps(flat))  # as it comes back from a file: tuples are lists

@@ -249,3 +249,36 @@ def test_copies_of_a_picture_are_told_by_content(records, parts, tmp_path):
     first, second, other = packer.window([*pairs, Pair((), "near"), Pair((tmp_path / "no.png",), "near")]).pictures[:3]
     assert first == second != other
     assert packer.window([Pair((), "near"), Pair((tmp_path / "no.png",), "near")]).pictures == [None, None]
+
+
+def test_what_is_compared_stays_in_one_step_and_one_cell(records, parts):
+    """Groups over several pictures, two groups that share a picture, and records that name none (their picture's)."""
+    names = ["a", "b", None, "a", "b", None, "c", None, None, "d", "e", "e"]
+    records = [dataclasses.replace(record, group=name) for record, name in zip(records, names, strict=True)]
+    picture = {record.id: record.images for record in records}
+    group = {record.id: record.group or record.images for record in records}
+    data = dataset(records, parts, compare=True, batch_size=6, cells=2, epochs=1)
+    seen: dict = {}
+    visited = []
+    for step in range(data.num_steps):
+        ids, numbers, batch = data.record_ids(step), data.groups(step), data[step]
+        assert numbers.shape == (6,)
+        assert (numbers[len(ids) :] == -1).all()
+        assert len({(group[name], number) for name, number in zip(ids, numbers, strict=False)}) == len(
+            {group[name] for name in ids}
+        )
+        rows = batch.record.shape[0] // 2
+        visited += ids
+        for name in ids:
+            cell = int(np.argwhere(batch.record == ids.index(name))[0, 0]) // rows
+            for bond in (group[name], picture[name]):
+                seen.setdefault(bond, set()).add((step, cell))
+    assert all(len(places) == 1 for places in seen.values())
+    assert len({place for places in seen.values() for place in places}) > 2
+    assert sorted(visited) == sorted(group)
+
+
+def test_a_group_larger_than_a_step_is_refused(records, parts):
+    records = [dataclasses.replace(record, group="all") for record in records]
+    with pytest.raises(ValueError, match="a group of 12 records is compared in one step, but batch_size = 8"):
+        dataset(records, parts, compare=True, batch_size=8)

@@ -1,0 +1,186 @@
+"""What one forward saves against the rivals that generate: time and memory a pair, same backbone and machine, one run.
+
+  python benchmarks/efficiency.py [--pairs=4] [--repeats=3] [--models=4M,20M,60M] [--new-tokens=64]
+
+A score is one forward (`Scorer.score`). The rivals are those of `multitap_jax.evaluation.baselines`, on the same random
+weights, in float32, from decoded pictures of 560 x 560 (400 image tokens):
+
+  verdict    64 tokens after LLaVA-Critic's prompt, written with a cache, all pairs at once; never ended early
+  checklist  the 30 yes-no questions of the package, packed: a picture and its text are looked at once
+  question   one of them alone; 30 of these are what VisionReward does, which asks each in a pass of its own
+  P(yes)     VQAScore's question, one forward          number     G-VEval's expectation over number tokens, one forward
+
+Both sides share prefixes, pack rows and take the same attention; all programs are compiled before the clock starts, and
+ways take turns. Printed for each: CPU and wall milliseconds a pair (medians), how many times the forward's that is, and
+the rise of anonymous memory while it runs. Varied one at a time: texts a picture, words a text, pairs at a time, and
+the size of the model.
+"""
+
+import argparse
+import ctypes
+import gc
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from ridge_methods import Memory  # beside this file
+from scoring import SIDE, WORDS, make_pairs  # beside this file
+
+from multitap_jax import Scorer
+from multitap_jax.data.processing import Contract
+from multitap_jax.data.stream import Pair
+from multitap_jax.demo.checkpoint import model_config, processor_config, train_tokenizer
+from multitap_jax.evaluation.baselines import Checklist, Judge, Question
+from multitap_jax.evaluation.baselines.prompts import CHECK, NUMBER, VERDICT, YES_NO
+from multitap_jax.families import from_config, num_params
+from multitap_jax.files import json_bytes
+from multitap_jax.parallel.host import keep_freed_memory
+from multitap_jax.reward import RewardHead, RewardModel
+from multitap_jax.scoring.artefact import Artefact
+from multitap_jax.weights.hub import save_backbone
+
+VOCABULARY = 32000
+# hidden size, layers, heads of the decoder; size, layers of the tower
+MODELS = {"4M": (80, 4, 2, 64, 2), "20M": (288, 6, 4, 160, 4), "60M": (512, 8, 8, 256, 6)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is varied: texts a picture, words a text, pairs at a time."""
+
+    texts: int = 1
+    words: int = 30
+    pairs: int = 4
+
+    def __str__(self) -> str:
+        return f"{self.texts} text(s) a picture, {self.words} words a text, {self.pairs} pair(s) at a time"
+
+
+def build(folder: Path, size: str) -> tuple[Scorer, Judge, int]:
+    """A random model of this size as an artefact, opened as a score and as a judge; and its parameters."""
+    hidden, layers, heads, vision, blocks = MODELS[size]
+    questions = [question.text for question in Checklist.default().questions]
+    corpus = [*WORDS, VERDICT, YES_NO, NUMBER, CHECK, *questions, *["Yes", "No", "yes", "no", *"0123456789"] * 9]
+    tokenizer = train_tokenizer(corpus, 2048)  # whole words, about as published tokenizers have them
+    dim = hidden // heads
+    third = dim // 2 * 3 // 8
+    config = model_config(tokenizer) | {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": max(heads // 4, 1),
+        "intermediate_size": 3 * hidden,
+        "vocab_size": VOCABULARY,
+        "rope_scaling": {"type": "mrope", "mrope_section": [dim // 2 - 2 * third, third, third]},
+    }
+    config["vision_config"] |= {"embed_dim": vision, "depth": blocks, "hidden_size": hidden}
+    backbone = from_config(config, rngs=nnx.Rngs(0))
+    base = folder / "base"
+    base.mkdir()
+    save_backbone(backbone, base)
+    tokenizer.save_pretrained(base)
+    (base / "config.json").write_bytes(json_bytes(config))
+    (base / "preprocessor_config.json").write_bytes(json_bytes(processor_config()))
+    model = RewardModel(backbone, RewardHead(hidden, rngs=nnx.Rngs(1)))
+    Artefact.save(folder / "artefact", model, base=base, contract=Contract(image_policy=f"square:{SIDE}"))
+    judge = Judge.from_pretrained(folder / "artefact")
+    judge.stop = ()  # random weights may end anywhere
+    return Scorer.from_pretrained(folder / "artefact"), judge, num_params(backbone)
+
+
+def ways(scorer: Scorer, judge: Judge, pairs: list[Pair], new_tokens: int) -> dict[str, Callable[[], Any]]:
+    """Every way to judge these pairs, by name."""
+    given: dict[str, Any] = {"images": [p.images[0] for p in pairs], "texts": [p.text for p in pairs]}
+    checklist = Checklist.default()
+    single = Checklist((Question("alone", checklist.questions[0].text),))
+    return {
+        "forward": lambda: scorer.score(**given).raise_errors(),
+        "verdict": lambda: judge.verdicts(**given, max_new_tokens=new_tokens),
+        "checklist": lambda: judge.checklist(**given, checklist=checklist),
+        "question": lambda: judge.checklist(**given, checklist=single),
+        "P(yes)": lambda: judge.p_yes(**given),
+        "number": lambda: judge.expected_score(**given),
+    }
+
+
+def timed(found: dict[str, Callable[[], Any]], repeats: int) -> dict[str, tuple[float, float]]:
+    """Median (CPU, wall) seconds of each way; ways take turns, so that noise of the machine meets all alike."""
+    clocks: dict[str, list[tuple[float, float]]] = {name: [] for name in found}
+    for turn in range(repeats + 1):
+        for name, way in found.items():
+            cpu, wall = time.process_time(), time.perf_counter()
+            way()
+            if turn:  # the first one compiles
+                clocks[name].append((time.process_time() - cpu, time.perf_counter() - wall))
+    return {n: tuple(statistics.median(column) for column in zip(*c, strict=True)) for n, c in clocks.items()}
+
+
+def rises(found: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Megabytes that each way takes while it runs, compiled before."""
+    out = {}
+    for name, way in found.items():
+        way()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        with Memory() as memory:
+            way()
+        out[name] = memory.rise
+    return out
+
+
+def report(size: str, case: Case, seconds: dict[str, tuple[float, float]], memory: dict[str, float]) -> None:
+    print(f"\n{size}, {case}")
+    base = seconds["forward"]
+    for name, (cpu, wall) in seconds.items():
+        ratio = "" if name == "forward" else f"{cpu / base[0]:7.1f}x CPU {wall / base[1]:7.1f}x wall"
+        rise = f"{memory[name]:6.0f} MB" if name in memory else ""
+        print(f"  {name:10} {1e3 * cpu / case.pairs:9.1f} ms CPU {1e3 * wall / case.pairs:9.1f} ms {rise:9} {ratio}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=4, help="pairs at a time, but where they are varied")
+    parser.add_argument("--repeats", type=int, default=3, help="timed turns; the median counts")
+    parser.add_argument("--models", default=",".join(MODELS), help="sizes, the last one is varied")
+    parser.add_argument("--plain", action="store_true", help="vary nothing but the size")
+    parser.add_argument("--new-tokens", type=int, default=64, help="length of a verdict")
+    args = parser.parse_args()
+    sizes, largest = args.models.split(","), args.models.split(",")[-1]
+    plain = Case(pairs=args.pairs)
+    varied = [Case(texts=6, pairs=6), Case(words=90, pairs=args.pairs), Case(pairs=1), Case(pairs=4 * args.pairs)]
+    growth = {}
+    for size in sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            scorer, judge, parameters = build(Path(folder), size)
+            print(f"\n{size}: {parameters / 1e6:.1f} M parameters")
+            cases = [plain, *varied] if size == largest and not args.plain else [plain]
+            found = []
+            for case in cases:
+                pairs = make_pairs(case.pairs // case.texts, case.texts, np.random.default_rng(0), case.words)
+                found.append(ways(scorer, judge, pairs, args.new_tokens))
+            memory = [rises(found[0])] if size == largest else []
+            keep_freed_memory()  # as the program does, once memory is measured
+            for case, ways_of, rise in zip(cases, found, memory + [{}] * len(cases), strict=False):
+                seconds = timed(ways_of, args.repeats)
+                report(size, case, seconds, rise)
+                sys.stdout.flush()
+                growth.setdefault(size, seconds)
+    print("\ntimes the CPU time of a forward, as the model grows")
+    for label, name, times in (
+        ("verdict", "verdict", 1),
+        ("checklist", "checklist", 1),
+        ("30 questions", "question", 30),
+    ):
+        ratios = {size: times * seconds[name][0] / seconds["forward"][0] for size, seconds in growth.items()}
+        print(f"  {label:12} " + "  ".join(f"{size} {ratio:6.1f}x" for size, ratio in ratios.items()))
+
+
+if __name__ == "__main__":
+    main()
