@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from multitap_jax.data.tables import RecordsError, Unreadable, read_jsonl
 from multitap_jax.display import TextTable
 from multitap_jax.evaluation.correlation import Metrics, Statistic, evaluate_pairs
 from multitap_jax.evaluation.plots import objective_figure, scatter_figure
+from multitap_jax.evaluation.scores import is_number
 from multitap_jax.scoring.journal import sidecar_of
 
 NO_TARGET = "none"  # compare the objectives only
@@ -96,7 +96,7 @@ class EvaluationReport:
     def to_json(self) -> str:
         """The whole report; numbers that do not exist are null, with their reason."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "points"}
-        values = {name: _plain(value) for name, value in fields.items()}
+        values = {name: plain(value) for name, value in fields.items()}
         return json.dumps(values, indent=2, allow_nan=False)
 
     def save(self, folder: str | Path) -> None:
@@ -163,7 +163,7 @@ def evaluate_files(
       RecordsError: a file is missing or of the wrong kind, no record has the target, or one lies outside
         `target_range`.
     """
-    note = _note(Path(scores_path))
+    note = read_note(scores_path)
     target, target_range = _target(note, target, target_range)
     low, high = target_range
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
@@ -217,10 +217,10 @@ def _objectives(
     return out
 
 
-def _note(path: Path) -> dict[str, Any]:
+def read_note(scores_path: str | os.PathLike[str]) -> dict[str, Any]:
     """The sidecar that `multitap score` leaves beside its output; empty without one."""
     try:
-        note = json.loads(sidecar_of(path).read_text("utf-8"))
+        note = json.loads(sidecar_of(Path(scores_path)).read_text("utf-8"))
     except (OSError, ValueError):
         return {}
     return note if isinstance(note, dict) and isinstance(note.get("settings", {}), dict) else {}
@@ -274,7 +274,7 @@ def _take(scores: _Scores, line: int, name: str, row: dict[str, Any]) -> None:
         scores.problems.append(Problem(line, name, str(row["error"])))
         return
     scores.truncated += row.get("truncated") is True
-    if _is_number(row.get("score")):
+    if is_number(row.get("score")):
         scores.overall[name] = float(row["score"])
     else:
         scores.problems.append(Problem(line, name, f"score is {row.get('score')!r}, not a finite number"))
@@ -284,14 +284,10 @@ def _take(scores: _Scores, line: int, name: str, row: dict[str, Any]) -> None:
         return
     for objective, value in objectives.items():
         column = scores.objectives.setdefault(objective, {})
-        if _is_number(value):
+        if is_number(value):
             column[name] = float(value)
         else:
             scores.problems.append(Problem(line, name, f"scores.{objective} is {value!r}, not a finite number"))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _on_scale(record: Record, target: str, low: float, high: float) -> float:
@@ -340,12 +336,12 @@ def _cell(statistic: Statistic, *, interval: bool = False) -> str:
     return f"{statistic.value:.2f} [{statistic.interval.low:.2f}, {statistic.interval.high:.2f}]"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Dataclasses to dicts, NaN to null, all the way down."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
+        return {name: plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value
