@@ -14,7 +14,7 @@ import numpy as np
 from multitap_jax.evaluation.correlation import group_draws
 
 BLOCK = 512  # values a block, about: what keeps both the dense products and the grid small for 1e4 to 1e6 pairs
-WEIGHTS = 16_000_000  # weights held at a time, float32
+WEIGHTS = 32_000_000  # weights held at a time, float32
 CELLS = 4_000_000  # cells of the grid held at a time, float64
 
 
@@ -70,7 +70,8 @@ class Taus:
         x, y = self._x, self._y
         for side in (x, y):
             for rows in side.mixed_blocks():
-                signs = _signs(x.level[rows]) * _signs(y.level[rows])
+                signs = _signs(x.level[rows])
+                signs *= _signs(y.level[rows])
                 if side is y:
                     signs *= x.block[rows, None] != x.block[rows]
                 part = w[rows]
@@ -138,7 +139,10 @@ def _choose_two(w: np.ndarray) -> np.ndarray:
 
 
 def _signs(values: np.ndarray) -> np.ndarray:
-    return np.sign(values[:, None] - values[None, :]).astype(np.float32)
+    """float32[m, m], the sign of each difference of ranks, which stay below 2^24: exact in float32."""
+    small = (values - values.min()).astype(np.float32)
+    differences = small[:, None] - small
+    return np.sign(differences, out=differences)
 
 
 def shares(hits: np.ndarray, w: np.ndarray) -> np.ndarray:
