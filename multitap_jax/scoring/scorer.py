@@ -133,7 +133,8 @@ class Scorer:
         `records`, the files it was learned from, as the run named them."""
         manifest = self.artefact.manifest
         overall, data = manifest.overall, manifest.provenance.get("config", {}).get("data", {})
-        records = {"records": data["train"]} if data.get("train") else {}
+        names = ",".join(filter(None, (data.get("train"), data.get("balanced"))))
+        records = {"records": names} if names else {}
         return {"target": overall.target, "target_range": list(overall.target_range), **records}
 
     @property
