@@ -208,7 +208,7 @@ class Benchmark:
         """
         note = read_dataset_note(path)
         if note is not None and protocol.dataset not in ("", note["dataset"]):
-            fits = [other.name for other in PROTOCOLS.values() if other.dataset == note["dataset"]]
+            fits = note.get("protocols", [])
             remedy = f"they are counted with --benchmark={' or '.join(fits)}" if fits else "no benchmark takes them"
             raise ProtocolError(
                 f"{path}: records of {note.get('title', note['dataset'])}, and {protocol.name} takes "

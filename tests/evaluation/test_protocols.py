@@ -146,6 +146,9 @@ def test_every_protocol_takes_a_dataset_of_the_table_and_is_described():
         assert ("Kendall" in protocol.describe()) == (protocol.statistic != "accuracy")
     text = (Path(__file__).parents[2] / "docs/datasets.md").read_text().partition("## How benchmarks")[2]
     assert all(f"`{name}`" in text for name in PROTOCOLS)
+    counted = {name for dataset in DATASETS.values() for name in dataset.protocols}
+    assert counted == set(PROTOCOLS)
+    assert all(protocol.name in DATASETS[protocol.dataset].protocols for protocol in PROTOCOLS.values())
     assert protocol_named("pascal-50s").ties == "second"
     assert "equal scores count half" in protocol_named("pascal-50s", ties="half").describe()
 
@@ -174,10 +177,10 @@ def test_records_of_something_else(tmp_path):
         opened(tmp_path, group("p", 1, 1))
     with pytest.raises(ProtocolError, match="1 of 3 records are unusable: line 3: text is empty"):
         opened(tmp_path, [*rows, rows[0] | {"id": "x", "text": ""}])
-    note = {"dataset": "pascal-50s", "title": "Pascal-50S", "complete": True}
+    note = {"dataset": "pascal-50s", "split": "test", "complete": True, "title": "Pascal-50S", "protocols": ["pascal"]}
     (tmp_path / "r/dataset.json").write_text(json.dumps(note))
     with pytest.raises(
-        ProtocolError, match="records of Pascal-50S, and foil takes foil; they are counted with --benchm"
+        ProtocolError, match="records of Pascal-50S, and foil takes foil; they are counted with --benchmark=pascal"
     ):
         opened(tmp_path, rows, protocol_named("foil"))
 

@@ -66,6 +66,7 @@ ANSWERS = Dataset(
     split="validation",
     gives=f"{_GIVES} by overall_response; request: the question",
     origin=_ORIGIN,
+    protocols=("align-anything-ti2t",),
 )
 PICTURES = Dataset(
     name="align-anything-t2i",
@@ -74,4 +75,5 @@ PICTURES = Dataset(
     split="validation",
     gives=f"{_GIVES} by overall_image; text: the prompt",
     origin=_ORIGIN,
+    protocols=("align-anything-t2i",),
 )

@@ -81,6 +81,7 @@ class Dataset:
       split: the split that is read unless another is asked for.
       counts: published number of records of each split, where it is known.
       gives: what becomes of the published fields, in words.
+      protocols: the benchmarks that count it (`evaluation/protocols.py`).
       origin: where it is published and by whom.
     """
 
@@ -91,6 +92,7 @@ class Dataset:
     origin: str
     split: str = "test"
     counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    protocols: tuple[str, ...] = ()
 
 
 def mapped(value: float, low: float, high: float, name: str = "rating") -> float:

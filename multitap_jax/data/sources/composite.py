@@ -52,4 +52,5 @@ COMPOSITE = Dataset(
     counts={"test": 11985},
     gives="correctness 1-5; score: the same on 0..1",
     origin="Aditya et al., CVIU 2018; pictures of Flickr8k, Flickr30k and COCO",
+    protocols=("composite",),
 )

@@ -9,13 +9,13 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from multitap_jax.data.fields import BadRecord, ImagePaths
 from multitap_jax.data.records import Record, RecordParser, Rejected, check_rejected_share, write_rejected
-from multitap_jax.data.sources.base import Dataset, Draft, Layout, Request, SourceError
+from multitap_jax.data.sources.base import Dataset, Draft, Item, Layout, Request, SourceError
 from multitap_jax.data.sources.files import ALL, find
 from multitap_jax.data.sources.pictures import Pictures
 from multitap_jax.data.sources.registry import DATASETS, dataset_named
@@ -93,18 +93,25 @@ def convert(
     request = Request(split, dict(columns or {}))
     if request.columns and known.name != "table":
         raise SourceError(f"--columns is for --dataset=table; {known.title} has the columns it was published with")
-    layout, files = find(source, known, split, DATASETS.values())
+    layout, files = find(source, known, split, DATASETS.values(), apart=output)
     roots = [] if images == NO_IMAGES else [Path(images)] if images else _roots(source, files)
     if missing := [str(root) for root in roots if not root.is_dir()]:
         raise SourceError(f"--images={missing[0]}: no such folder; give the folder of the pictures, or --images=none")
     with sole_writer(output):
         _check_folder(output, known, split)
         note: dict[str, Any] = {"format_version": FORMAT_VERSION, "dataset": known.name, "split": split}
-        write_atomic(output / DATASET_NAME, json_bytes({**note, "complete": False}))
+        unfinished = json_bytes({**note, "complete": False})
+        if not (output / DATASET_NAME).exists():
+            write_atomic(output / DATASET_NAME, unfinished)
         pictures = Pictures(output, roots)
-        written, rejected = _write(known, split, layout, files, request, pictures, advance)
-        write_rejected(output / REJECTED_NAME, rejected)
-        _check(known, split, source, pictures, written, rejected, max_rejected, allow_subset)
+        partial = output / f"{RECORDS_NAME}.partial"
+        try:
+            written, rejected = _write(known, split, layout.read(files, request), pictures, partial, advance)
+            write_rejected(output / REJECTED_NAME, rejected)
+            _check(known, split, source, pictures, written, rejected, max_rejected, allow_subset)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
         done = Conversion(
             folder=output,
             dataset=known.title,
@@ -123,18 +130,21 @@ def convert(
             "records": written,
             "rejected": len(rejected),
             "published": known.counts.get(split),
+            "protocols": list(known.protocols),
             "pictures": pictures.files if roots else NO_IMAGES,
             "gives": known.gives,
             "columns": dict(request.columns),
             "sources": [_described(path, source) for path in _with_beside(layout, files)],
         }
-        os.replace(output / f"{RECORDS_NAME}.partial", output / RECORDS_NAME)
+        # What was there before, made by the same command, is whole until here.
+        write_atomic(output / DATASET_NAME, unfinished)
+        os.replace(partial, output / RECORDS_NAME)
         write_atomic(output / DATASET_NAME, json_bytes(note))
     return done
 
 
 def read_dataset_note(folder: str | Path) -> dict[str, Any] | None:
-    """dataset.json of a folder, or of the folder of a file; None where there is none.
+    """dataset.json of a folder, or of the folder of a file; None where there is none, or one of somebody else.
 
     Raises:
       SourceError: damaged, or of a conversion that did not end.
@@ -145,10 +155,11 @@ def read_dataset_note(folder: str | Path) -> dict[str, Any] | None:
         return None
     try:
         note = json.loads(path.read_bytes())
-        complete = note["complete"]
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise SourceError(f"{path}: damaged ({error}); run `multitap convert` again") from error
-    if not complete:
+    if not (isinstance(note, dict) and {"dataset", "split", "complete"} <= note.keys()):
+        return None
+    if not note["complete"]:
         raise SourceError(f"{path}: the conversion did not end; run the same `multitap convert` again")
     return note
 
@@ -170,26 +181,24 @@ def _check_folder(output: Path, dataset: Dataset, split: str) -> None:
         same = False
     if inside and not same:
         raise SourceError(f"{output}: holds something else than {dataset.title} ({split}); choose another --output")
-    (output / RECORDS_NAME).unlink(missing_ok=True)
 
 
 def _write(
     dataset: Dataset,
     split: str,
-    layout: Layout,
-    files: Sequence[Path],
-    request: Request,
+    items: Iterable[Item],
     pictures: Pictures,
+    partial: Path,
     advance: Callable[[int], None],
 ) -> tuple[int, list[Rejected]]:
-    """Writes records.jsonl.partial; returns how many records, and the rows that gave none."""
+    """Writes the records to `partial`; returns how many there are, and the rows that gave none."""
     output = pictures.output
     paths = ImagePaths(output, allow_outside_root=False, decode=False, need=bool(pictures.roots))
     parser = RecordParser(output / RECORDS_NAME, paths, None, "--")
     prefix = "" if dataset.name == "table" else dataset.name + (f"/{split}/" if len(dataset.counts) > 1 else "/")
     written, rejected = 0, []
-    with (output / f"{RECORDS_NAME}.partial").open("w", encoding="utf-8") as file:
-        for line, item in enumerate(layout.read(files, request), 1):
+    with partial.open("w", encoding="utf-8") as file:
+        for line, item in enumerate(items, 1):
             advance(1)
             row = _row(item, prefix, pictures) if isinstance(item, Draft) else item.reason
             found = parser.parse(line, row) if isinstance(row, dict) else Rejected(line, item.id, row)

@@ -75,4 +75,5 @@ PREF = Dataset(
     layouts=_layouts(frozenset({"request", "chosen", "rejected", "image"}), _read_pref),
     gives="two records a row (group), preference 1 for the chosen and 0 for the rejected answer",
     origin=f"{_ORIGIN}/Eye4AllPreference",
+    protocols=("eye4all-pref",),
 )

@@ -19,13 +19,16 @@ ALL = "all"
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
-def find(folder: Path, dataset: Dataset, split: str, others: Iterable[Dataset]) -> tuple[Layout, list[Path]]:
+def find(
+    folder: Path, dataset: Dataset, split: str, others: Iterable[Dataset], apart: Path | None = None
+) -> tuple[Layout, list[Path]]:
     """The files of a split of a dataset, sorted by name, and the form they are in.
 
     Args:
       folder: where the user has them, at any depth; or one file.
       dataset, split: what is looked for; the split "all" takes every file.
       others: known datasets, to say what the files are instead.
+      apart: a folder whose files are not looked at, the output's.
 
     Raises:
       SourceError: no such folder; nothing in it fits: says what was looked for, what is there, and what it looks like.
@@ -33,6 +36,8 @@ def find(folder: Path, dataset: Dataset, split: str, others: Iterable[Dataset]) 
     if not folder.exists():
         raise SourceError(f"{folder}: no such file or folder; give what you downloaded as --source=FOLDER")
     there = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else [folder]
+    if apart is not None:
+        there = [path for path in there if apart.absolute() not in path.absolute().parents]
     other_splits: dict[str, int] = {}
     for layout in dataset.layouts:
         files = _fitting(layout, there)

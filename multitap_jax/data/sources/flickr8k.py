@@ -106,6 +106,10 @@ EXPERT = Dataset(
     counts={"test": 5664},
     gives="the experts' ratings 1-4 as expert_1, expert_2, expert_3; score: their mean on 0..1",
     origin=_ORIGIN,
+    protocols=(
+        "flickr8k-expert",
+        "flickr8k-expert-mean",
+    ),
 )
 CROWD = Dataset(
     name="flickr8k-cf",
@@ -117,4 +121,5 @@ CROWD = Dataset(
     counts={"test": 47830},
     gives="score: the share of the crowd that said yes",
     origin=_ORIGIN,
+    protocols=("flickr8k-cf",),
 )

@@ -38,4 +38,5 @@ HPD = Dataset(
     ),
     gives="preference: minus the rank, or 1 and 0; group: the prompt",
     origin="Wu et al., 2023; huggingface.co/datasets/ymhao/HPDv2",
+    protocols=("hpdv2",),
 )

@@ -61,4 +61,5 @@ IMAGEREWARD = Dataset(
     counts={"test": 2720},
     gives="overall, alignment, fidelity 1-7; score: overall on 0..1; preference: minus the rank; group: the prompt",
     origin="Xu et al., NeurIPS 2023; huggingface.co/datasets/THUDM/ImageRewardDB, github.com/THUDM/ImageReward",
+    protocols=("imagereward",),
 )

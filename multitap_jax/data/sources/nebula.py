@@ -30,4 +30,5 @@ NEBULA = Dataset(
     counts={"train": 26382, "validation": 3298, "test": 3298},
     gives="score: human_score, as it is",
     origin="Matsuda et al., ACCV 2024; huggingface.co/datasets/Ka2ukiMatsuda/Nebula",
+    protocols=("nebula",),
 )

@@ -37,4 +37,5 @@ OID = Dataset(
     split="validation",
     gives="two records a picture (group: the picture); score: the rounded mean rating",
     origin="Levinboim et al., NAACL 2021; OID-rated-image-captions.v2.dev.alignment.tsv",
+    protocols=("oid-star",),
 )

@@ -81,4 +81,5 @@ PASCAL = Dataset(
     counts={"test": 8000},
     gives="two records a pair (group: CATEGORY/NUMBER) with preference 1 and 0",
     origin="Vedantam et al., CVPR 2015; JSON: github.com/Yebin46/FLEUR",
+    protocols=("pascal-50s",),
 )

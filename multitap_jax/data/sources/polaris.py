@@ -86,6 +86,7 @@ POLARIS = Dataset(
     counts={"train": 78630, "validation": 26268, "test": 26122},
     gives="score: human_score, as it is",
     origin=_ORIGIN,
+    protocols=("polaris",),
 )
 STAR = Dataset(
     name="polaris-star",
@@ -97,4 +98,5 @@ STAR = Dataset(
     split="validation",
     gives="two records (first reference, candidate) of each row with human_score <= 0.5, preference 1 and 0",
     origin=_ORIGIN,
+    protocols=("polaris-star",),
 )

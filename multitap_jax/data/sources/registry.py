@@ -57,11 +57,9 @@ def describe() -> str:
     lines = ["Datasets (counts as published; * is the split read without --split):"]
     for dataset in DATASETS.values():
         counts = ", ".join(f"{name}{'*' * (name == dataset.split)} {n:,}" for name, n in dataset.counts.items())
-        facts = [
-            "reads " + "; or ".join(map(str, dataset.layouts)),
-            dataset.gives,
-            dataset.origin,
-        ]
+        facts = ["reads " + "; or ".join(map(str, dataset.layouts)), dataset.gives, dataset.origin]
+        if dataset.protocols:
+            facts.insert(2, f"counted by --benchmark={' or '.join(dataset.protocols)}")
         lines.append(f"  {dataset.name}  {dataset.title}" + f" ({counts})" * bool(counts))
         lines += [textwrap.fill(fact, 96, initial_indent=" " * 6, subsequent_indent=" " * 8) for fact in facts]
     return "\n".join(lines)

@@ -155,6 +155,34 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
         convert("polaris", tmp_path / "s", tmp_path / "out2", split="all", allow_subset=True)
 
 
+def test_what_was_made_before_stays_until_the_new_is_whole(tmp_path):
+    convert("polaris", polaris(tmp_path / "s"), tmp_path / "out", allow_subset=True)
+    before = (tmp_path / "out/records.jsonl").read_bytes()
+    polaris(tmp_path / "s", rows=4)
+    with pytest.raises(SourceError, match="26,122 were published"):
+        convert("polaris", tmp_path / "s", tmp_path / "out")
+    assert (tmp_path / "out/records.jsonl").read_bytes() == before
+    assert read_dataset_note(tmp_path / "out")["records"] == 3
+    assert not list((tmp_path / "out").glob("*.partial"))
+    assert convert("polaris", tmp_path / "s", tmp_path / "out", allow_subset=True).written == 4
+
+
+def test_an_output_inside_the_source_is_not_read(tmp_path):
+    write(tmp_path / "s/mine.jsonl", json.dumps({"image": "a.png", "text": "x"}) + "\n")
+    write(tmp_path / "s/a.png", picture(1))
+    for _ in range(2):
+        assert convert("table", tmp_path / "s", tmp_path / "s/out").written == 1
+
+
+def test_notes_of_others_are_none_of_ours(tmp_path):
+    assert read_dataset_note(tmp_path) is None
+    write(tmp_path / "dataset.json", {"name": "theirs"})
+    assert read_dataset_note(tmp_path) is None
+    write(tmp_path / "dataset.json", "{")
+    with pytest.raises(SourceError, match="damaged"):
+        read_dataset_note(tmp_path / "records.jsonl")
+
+
 def test_columns_are_for_tables(tmp_path):
     with pytest.raises(SourceError, match="--columns is for --dataset=table"):
         convert("polaris", polaris(tmp_path / "s"), tmp_path / "out", columns={"text": "cand"})
