@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 from rich.text import Text
 
-from multitap_jax.data.tables import find_records_file
 from multitap_jax.display import TextTable
 from multitap_jax.evaluation.correlation import Interval, Statistic, kendall_tau, pearson, spearman, undefined_reason
 from multitap_jax.evaluation.protocols import TIES, Benchmark, Protocol
-from multitap_jax.evaluation.report import plain, read_note
+from multitap_jax.evaluation.report import plain, read_note, trained_on
 from multitap_jax.evaluation.scores import read_scores
 
 LEVEL = 0.95
@@ -161,7 +160,7 @@ def report_of(
         ties=benchmark.ties(scores),
         subset=benchmark.subset,
         conditions=_conditions(protocol, note),
-        warnings=tuple(_warnings(note, records_path)),
+        warnings=trained_on(note, records_path),
     )
 
 
@@ -171,18 +170,6 @@ def _conditions(protocol: Protocol, note: dict[str, Any]) -> dict[str, str]:
     dtype = note.get("settings", {}).get("dtype", UNKNOWN)
     found = {"variant": protocol.statistic} | ({"tie_rule": protocol.ties} if protocol.statistic == "accuracy" else {})
     return found | {name: str(noted.get(name, UNKNOWN)) for name in CONDITIONS} | {"dtype": str(dtype)}
-
-
-def _warnings(note: dict[str, Any], records_path: str | Path) -> list[str]:
-    """Whether the model was trained on these very records, where that is noted."""
-    trained = note.get("trained_on")
-    files = str(trained.get("records", "")) if isinstance(trained, dict) else ""
-    here = find_records_file(records_path).resolve()
-    for name in filter(None, (part.strip() for part in files.split(","))):
-        path = Path(name)
-        if path.exists() and (path.resolve() == here or path.resolve() == here.parent):
-            return [f"the model was trained on these very records ({name}): this says nothing of others"]
-    return []
 
 
 def interval(drawn: np.ndarray) -> Interval:

@@ -11,7 +11,7 @@ import numpy as np
 from rich.text import Text
 
 from multitap_jax.data.records import Record, Rejected, group_keys, iter_records
-from multitap_jax.data.tables import RecordsError, Unreadable, read_jsonl
+from multitap_jax.data.tables import RecordsError, Unreadable, find_records_file, read_jsonl
 from multitap_jax.display import TextTable
 from multitap_jax.evaluation.correlation import Metrics, Statistic, evaluate_pairs
 from multitap_jax.evaluation.plots import objective_figure, scatter_figure
@@ -47,6 +47,7 @@ class EvaluationReport:
       duplicates: ids on more than one line of scores (the first counts). unknown: ids that are no record.
       unpredicted: rated objectives that the scores do not have.
       problems: lines of scores with an error, or without a usable number. rejected: unusable records.
+      warnings: what makes the numbers mean less than they seem.
       points: float64[N, 2], (score, target) of the pairs of `overall`.
     """
 
@@ -65,6 +66,7 @@ class EvaluationReport:
     unpredicted: list[str]
     problems: list[Problem]
     rejected: list[Rejected]
+    warnings: tuple[str, ...]
     points: np.ndarray = dataclasses.field(repr=False)
 
     def lists(self) -> dict[str, list[str]]:
@@ -110,7 +112,7 @@ class EvaluationReport:
             objective_figure(self.objectives).savefig(folder / "objectives.png", dpi=150)
 
     def _caption(self) -> str:
-        lines = [self.protocol]
+        lines = [self.protocol, *(f"WARNING: {warning}" for warning in self.warnings)]
         for kind, items in self.lists().items():
             if items:
                 more = ", ..." if len(items) > SHOWN else ""
@@ -201,6 +203,7 @@ def evaluate_files(
         unpredicted=[n for n in dict.fromkeys(n for r in records for n in r.ratings) if n not in scores.objectives],
         problems=scores.problems,
         rejected=[item for item in items if isinstance(item, Rejected)],
+        warnings=trained_on(note, records_path),
         points=np.stack([pred, human], axis=1),
     )
 
@@ -224,6 +227,17 @@ def read_note(scores_path: str | os.PathLike[str]) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return note if isinstance(note, dict) and isinstance(note.get("settings", {}), dict) else {}
+
+
+def trained_on(note: dict[str, Any], records_path: str | os.PathLike[str]) -> tuple[str, ...]:
+    """A warning where the sidecar says that the model was trained on these very records; else nothing."""
+    trained = note.get("trained_on")
+    files = str(trained.get("records", "")) if isinstance(trained, dict) else ""
+    here = find_records_file(Path(records_path)).resolve()
+    for name in filter(None, (part.strip() for part in files.split(","))):
+        if Path(name).exists() and Path(name).resolve() in (here, here.parent):
+            return (f"the model was trained on these very records ({name}): this says nothing of others",)
+    return ()
 
 
 def _target(

@@ -57,7 +57,7 @@ def _read_pref(paths: Sequence[Path], request: Request) -> Iterator[Item]:
 
 
 def _layouts(columns: frozenset[str], read: Any) -> tuple[Layout, ...]:
-    return tuple(Layout(pattern, columns, read) for pattern in ("*.parquet", "*.jsonl", "*.csv"))
+    return tuple(Layout(pattern, columns, read, by_split=True) for pattern in ("*.parquet", "*.jsonl", "*.csv"))
 
 
 _ORIGIN = "An et al. 2025, arXiv 2510.00766; huggingface.co/datasets/brl-xfact"
@@ -66,6 +66,7 @@ MULTI = Dataset(
     name="eye4all-multi",
     title="EYE4ALLMulti",
     layouts=_layouts(frozenset({"request", "response", "image"}), _read_multi),
+    split="all",
     gives="ratings: every column of numbers, by its name",
     origin=f"{_ORIGIN}/Eye4AllMulti",
 )
@@ -73,6 +74,7 @@ PREF = Dataset(
     name="eye4all-pref",
     title="EYE4ALLPref",
     layouts=_layouts(frozenset({"request", "chosen", "rejected", "image"}), _read_pref),
+    split="all",
     gives="two records a row (group), preference 1 for the chosen and 0 for the rejected answer",
     origin=f"{_ORIGIN}/Eye4AllPreference",
     protocols=("eye4all-pref",),

@@ -44,6 +44,8 @@ def find(
         found = [split_of(path, folder) for path in files]
         if layout.by_split and split != ALL:
             files = [path for path, name in zip(files, found, strict=True) if name == split]
+        if files and not layout.by_split and split != dataset.split:
+            raise SourceError(f"{dataset.title} has one split, {dataset.split}; leave out --split={split}")
         if files:
             return layout, files
         for name in found:

@@ -85,7 +85,10 @@ AGIQA = Dataset(
 TABLE = Dataset(
     name="table",
     title="a table of your own",
-    layouts=tuple(Layout(pattern, frozenset(), _read_table) for pattern in ("*.jsonl", "*.csv", "*.tsv", "*.parquet")),
+    layouts=tuple(
+        Layout(pattern, frozenset(), _read_table, by_split=True)
+        for pattern in ("*.jsonl", "*.csv", "*.tsv", "*.parquet")
+    ),
     split="all",
     gives="what --columns=RECORD=FILE,... says, numbers as they are; columns named as a record's need no mention",
     origin="you",

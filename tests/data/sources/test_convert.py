@@ -183,6 +183,19 @@ def test_notes_of_others_are_none_of_ours(tmp_path):
         read_dataset_note(tmp_path / "records.jsonl")
 
 
+def test_splits(tmp_path):
+    flickr_json(tmp_path / "s/flickr8k.json", [[1, 2, 3]])
+    with pytest.raises(SourceError, match="Flickr8k-Expert has one split, test; leave out --split=train"):
+        convert("flickr8k-expert", tmp_path / "s", tmp_path / "out", split="train", images="none")
+    for name in ("train", "test"):
+        write(tmp_path / f"t/{name}.jsonl", json.dumps({"id": name, "image": "a.png", "text": "x"}) + "\n")
+    for split, count in (("train", 1), (None, 2), ("all", 2)):
+        done = convert("table", tmp_path / "t", tmp_path / f"out-{split}", split=split, images="none")
+        assert done.written == count
+    with pytest.raises(SourceError, match=r"no file of the split 'tset'.*train \(1\)"):
+        convert("table", tmp_path / "t", tmp_path / "out", split="tset", images="none")
+
+
 def test_columns_are_for_tables(tmp_path):
     with pytest.raises(SourceError, match="--columns is for --dataset=table"):
         convert("polaris", polaris(tmp_path / "s"), tmp_path / "out", columns={"text": "cand"})
