@@ -16,7 +16,7 @@ from multitap_jax.evaluation.scores import read_scores
 
 LEVEL = 0.95
 UNKNOWN = "not noted beside the scores"
-CONDITIONS = ("prompt", "position_mode", "image_policy", "alpha_rule")
+CONDITIONS = ("references", "prompt", "position_mode", "image_policy", "alpha_rule")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class BenchmarkReport:
       n: judgements or comparisons. n_records, n_groups: records; groups that are resampled together.
       ties: judgements whose records score alike: tied comparisons of an accuracy, tied pairs of rows of a correlation.
       subset: whether the records are not the published number.
-      conditions: prompt, position_mode, image_policy, alpha_rule, dtype, tie_rule, variant.
+      conditions: variant, tie_rule, references, prompt, position_mode, image_policy, alpha_rule, dtype.
       warnings: what makes the number mean less than it seems.
     """
 

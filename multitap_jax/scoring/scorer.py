@@ -139,10 +139,11 @@ class Scorer:
 
     @property
     def conditions(self) -> dict[str, str]:
-        """What a report of its scores has to say: prompt variant, position mode, image policy, pooling, alpha rule."""
+        """What a report of its scores has to say: prompt variant, position mode, image policy, pooling, alpha rule, and
+        that no reference captions are seen."""
         manifest = self.artefact.manifest
         rule = manifest.ridge["criterion"] if manifest.ridge else "no ridge heads"
-        return {**dataclasses.asdict(manifest.contract), "alpha_rule": str(rule)}
+        return {**dataclasses.asdict(manifest.contract), "alpha_rule": str(rule), "references": "none seen"}
 
     @property
     def hidden_size(self) -> int:

@@ -262,7 +262,7 @@ def test_the_report_says_what_a_reader_must_know(judged, tmp_path):
         "position mode: flat",
         "alpha rule: kfold",
         "dtype: bfloat16",
-        "not noted beside the scores: image policy",
+        "not noted beside the scores: references, image policy",
         "variant: tau_c",
         "n = 60 from 60 records",
         "100 bootstrap samples of 20 whole groups",

@@ -19,7 +19,7 @@ from multitap_jax.data.sources.base import Dataset, Draft, Item, Layout, Request
 from multitap_jax.data.sources.files import ALL, find
 from multitap_jax.data.sources.pictures import Pictures
 from multitap_jax.data.sources.registry import DATASETS, dataset_named
-from multitap_jax.data.tables import REJECTED_NAME, some
+from multitap_jax.data.tables import REJECTED_NAME, RecordsError, some
 from multitap_jax.files import file_hash, json_bytes, sole_writer, write_atomic
 
 RECORDS_NAME = "records.jsonl"
@@ -195,10 +195,11 @@ def _write(
     output = pictures.output
     paths = ImagePaths(output, allow_outside_root=False, decode=False, need=bool(pictures.roots))
     parser = RecordParser(output / RECORDS_NAME, paths, None, "--")
-    prefix = "" if dataset.name == "table" else dataset.name + (f"/{split}/" if len(dataset.counts) > 1 else "/")
+    apart = any(layout.by_split for layout in dataset.layouts)
+    prefix = "" if dataset.name == "table" else dataset.name + (f"/{split}/" if apart else "/")
     written, rejected = 0, []
     with partial.open("w", encoding="utf-8") as file:
-        for line, item in enumerate(items, 1):
+        for line, item in _numbered(dataset, items):
             advance(1)
             row = _row(item, prefix, pictures) if isinstance(item, Draft) else item.reason
             found = parser.parse(line, row) if isinstance(row, dict) else Rejected(line, item.id, row)
@@ -210,6 +211,22 @@ def _write(
         file.flush()
         os.fsync(file.fileno())
     return written, rejected
+
+
+def _numbered(dataset: Dataset, items: Iterable[Item]) -> Iterator[tuple[int, Item]]:
+    """Items with their number from 1. Raises SourceError for a file whose rows are not of the published form."""
+    line = 0
+    try:
+        for line, item in enumerate(items, 1):
+            yield line, item
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, RecordsError):
+            raise
+        what = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise SourceError(
+            f"{dataset.title}: what follows record {line:,} is not of the published form ({what}); is the file "
+            "damaged, or of another version?"
+        ) from error
 
 
 def _row(draft: Draft, prefix: str, pictures: Pictures) -> dict[str, Any] | str:

@@ -135,6 +135,16 @@ def test_damaged_files(tmp_path):
         convert("table", tmp_path / "t", tmp_path / "out2")
 
 
+def test_rows_that_are_not_of_the_published_form(tmp_path):
+    pair = {"image": "a.jpg", "captions": ["one", "two"], "label": 1, "references": []}
+    write(tmp_path / "s/pascal.json", {"HC": [pair, {"image": "b.jpg"}]})
+    with pytest.raises(SourceError, match="what follows record 2 is not of the published form \\(no 'label'\\)"):
+        convert("pascal-50s", tmp_path / "s", tmp_path / "out", images="none")
+    flickr_json(tmp_path / "t/flickr8k.json", [[1, 2, "three"]])
+    with pytest.raises(SourceError, match="what follows record 0 .*could not convert string to float: 'three'"):
+        convert("flickr8k-expert", tmp_path / "t", tmp_path / "out2", images="none")
+
+
 def test_wrong_counts(tmp_path):
     with pytest.raises(SourceError, match=r"3 records of Polaris \(test\), but 26,122 were published.*--allow_subset"):
         convert("polaris", polaris(tmp_path / "s"), tmp_path / "out")

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ SHARED = Path(os.environ.get("MULTITAP_SHARED_DATA", Path(__file__).parents[3].p
 
 
 def records_of(name, source, **options):
-    """{id without the dataset's name: record} of a small set; pictures are not taken unless asked for."""
+    """{id without the dataset's name and split: record} of a small set; pictures are not taken unless asked for."""
     output = source.parent / f"out-{name}-{len(list(source.parent.iterdir()))}"
     settings = {"images": "none", "allow_subset": True} | options
     done = convert(name, source, output, **settings)
@@ -31,7 +32,7 @@ def records_of(name, source, **options):
     lines = [json.loads(line) for line in (output / "records.jsonl").read_text().splitlines()]
     assert done.written == len(lines) == (len(found.records) if found else len(lines))
     rejected = [json.loads(line)["reason"] for line in (output / "rejected.jsonl").read_text().splitlines()]
-    return {line["id"].removeprefix(f"{name}/"): line for line in lines}, rejected
+    return {re.sub(rf"^{name}/((train|validation|test|all)/)?", "", line["id"]): line for line in lines}, rejected
 
 
 def test_flickr8k_expert_json(tmp_path):
@@ -185,8 +186,8 @@ def test_polaris_parquet(tmp_path):
     parquet(tmp_path / "s/data/train-00000-of-00001.parquet", POLARIS_ROWS[:1])
     found, rejected = records_of("polaris", tmp_path / "s", split="validation", images=None, max_rejected=0.5)
     assert [(name, r["score"]) for name, r in found.items()] == [
-        ("validation/000000", 0.25),
-        ("validation/000001", 0.75),
+        ("000000", 0.25),
+        ("000001", 0.75),
     ]
     assert rejected == ["human_score is nan"]
     assert len(records_of("polaris", tmp_path / "s", split="train", images=None)[0]) == 1
@@ -206,7 +207,7 @@ def test_polaris_csv(tmp_path):
     ]
     table(tmp_path / "s/polaris_val.csv", rows)
     found, rejected = records_of("polaris", tmp_path / "s", split="validation", max_rejected=0.5)
-    assert found["validation/000000"]["image"] == "images/x.jpg"
+    assert found["000000"]["image"] == "images/x.jpg"
     assert rejected == ["human_score 1.5 lies outside the published scale 0 to 1"]
     pairs, _ = records_of("polaris-star", tmp_path / "s", max_rejected=0.5)
     assert pairs["000000/ref"]["text"] == "it's a ref"
@@ -224,7 +225,7 @@ def test_nebula(tmp_path):
     row = {"file_name": "x.jpg", "image": hub_image(3), "refs": ["r"], "mt": "a cat", "human_score": 0.5}
     parquet(tmp_path / "s/data/test-00000-of-00001.parquet", [row, row | {"human_score": None}])
     found, rejected = records_of("nebula", tmp_path / "s", images=None, max_rejected=0.5)
-    assert found["test/00000"]["score"] == 0.5
+    assert found["00000"]["score"] == 0.5
     assert rejected == ["no human_score"]
 
 
@@ -242,8 +243,8 @@ def test_oid_star(tmp_path):
     table(tmp_path / "s/OID-rated-image-captions.v2.dev.alignment.tsv", content, delimiter="\t")
     found, _ = records_of("oid-star", tmp_path / "s")
     assert {name: (r["score"], r["group"]) for name, r in found.items()} == {
-        "k1/0": (0.9, "oid-star/k1"),
-        "k1/1": (0.1, "oid-star/k1"),
+        "k1/0": (0.9, "oid-star/validation/k1"),
+        "k1/1": (0.1, "oid-star/validation/k1"),
     }
 
 
@@ -252,8 +253,8 @@ def test_imagereward(tmp_path):
     write(tmp_path / "s/data/test.json", [entry, entry | {"id": "q", "ranking": [1]}])
     found, rejected = records_of("imagereward", tmp_path / "s", max_rejected=0.5)
     assert {name: (r["ratings"], r["group"]) for name, r in found.items()} == {
-        "p/0": ({"preference": -2.0}, "imagereward/p"),
-        "p/1": ({"preference": -1.0}, "imagereward/p"),
+        "p/0": ({"preference": -2.0}, "imagereward/test/p"),
+        "p/1": ({"preference": -1.0}, "imagereward/test/p"),
     }
     assert rejected == ["2 pictures, but 1 ranks"]
     row = {
