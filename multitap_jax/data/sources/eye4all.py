@@ -60,7 +60,7 @@ def _layouts(columns: frozenset[str], read: Any) -> tuple[Layout, ...]:
     return tuple(Layout(pattern, columns, read, by_split=True) for pattern in ("*.parquet", "*.jsonl", "*.csv"))
 
 
-_ORIGIN = "An et al. 2025, arXiv 2510.00766; huggingface.co/datasets/brl-xfact"
+_ORIGIN = "Kim et al., 2025, arXiv 2510.00766; huggingface.co/datasets/brl-xfact"
 
 MULTI = Dataset(
     name="eye4all-multi",

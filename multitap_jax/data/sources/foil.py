@@ -32,6 +32,6 @@ FOIL = Dataset(
     title="FOIL",
     layouts=(Layout("foilv1.0_*.json", frozenset({"caption", "foil", "id", "image_id"}), _read, by_split=True),),
     gives="two records a foil (group: the caption's number / which of its foils) with preference 1 and 0",
-    origin="Shekhar et al., ACL 2017; foilvqa.github.io; pictures of COCO val2014",
+    origin="Shekhar et al., ACL 2017; pictures of COCO val2014",
     protocols=("foil",),
 )

@@ -9,6 +9,7 @@ from multitap_jax.cli import main
 from multitap_jax.data.decode import decode_image
 from multitap_jax.data.records import RecordsError, load_records
 from multitap_jax.data.sources import SourceError, convert, read_dataset_note
+from multitap_jax.files import FolderInUseError
 from tests.data.sources.published import flickr_json, hub_image, parquet, picture, table, write
 
 POLARIS = {"refs": ["a"], "cand": "a cat", "img": hub_image(1), "human_score": 0.25}
@@ -175,6 +176,34 @@ def test_what_was_made_before_stays_until_the_new_is_whole(tmp_path):
     assert read_dataset_note(tmp_path / "out")["records"] == 3
     assert not list((tmp_path / "out").glob("*.partial"))
     assert convert("polaris", tmp_path / "s", tmp_path / "out", allow_subset=True).written == 4
+
+
+def test_what_a_kill_left_is_made_whole(tmp_path):
+    class Killed(BaseException):
+        pass
+
+    def kill(rows):
+        if (tmp_path / "out/images").exists():
+            raise Killed
+
+    with pytest.raises(Killed):
+        convert("polaris", polaris(tmp_path / "s"), tmp_path / "out", allow_subset=True, advance=kill)
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert left == {".lock", "dataset.json", "images"}
+    write(tmp_path / "out/records.jsonl.partial", '{"id": "half')
+    (old,) = (tmp_path / "out/images").glob("*/*.png")
+    write(old.with_name(old.name + ".partial"), b"half")
+    old.write_bytes(b"torn")
+    done = convert("polaris", tmp_path / "s", tmp_path / "out", allow_subset=True)
+    assert (done.written, len(load_records(tmp_path / "out", check_images=True).records)) == (3, 3)
+
+
+def test_two_at_a_time_are_refused(tmp_path):
+    def again(rows):
+        convert("polaris", tmp_path / "s", tmp_path / "out", allow_subset=True)
+
+    with pytest.raises(FolderInUseError, match="another process is writing into it"):
+        convert("polaris", polaris(tmp_path / "s"), tmp_path / "out", allow_subset=True, advance=again)
 
 
 def test_an_output_inside_the_source_is_not_read(tmp_path):
