@@ -1,4 +1,4 @@
-"""Stage 1 by the official recipe, in two variants.
+"""Stage 1 by the official recipe, in three variants.
 
   effective (default)  what the official script really does: full fine-tuning, AdamW 2e-7 constant, weight decay 0.01,
                        clip 1.0 of a gradient that the script has divided by 4 (hence 4.0 here, and epsilon 4e-8),
@@ -7,11 +7,20 @@
                        the mean gradient. (The yaml's paged 8-bit Adam changes how moments are stored, not the rule;
                        moments here are float32.)
 
-Both: bfloat16 computation, float32 master weights, flat positions, pictures 560 x 560 (docs/recipes.md).
+  mixture              effective, on the official data: all of Polaris and the rating-balanced part of ImageReward
+
+All: bfloat16 computation, float32 master weights, flat positions, pictures 560 x 560 (docs/recipes.md).
 
   multitap train --config=configs/official.py --workdir=runs/official \
       --config.model.checkpoint=Qwen2-VL-2B-Instruct --config.data.train=polaris_imagereward/train.jsonl
   multitap train --config=configs/official.py:claimed ...
+
+The mixture reads what `multitap convert` makes of both (docs/datasets.md):
+
+  multitap convert --dataset=polaris     --source=Polaris       --split=train --output=polaris/train
+  multitap convert --dataset=imagereward --source=ImageRewardDB --split=train --output=imagereward/train
+  multitap train --config=configs/official.py:mixture --workdir=runs/mixture \
+      --config.model.checkpoint=Qwen2-VL-2B-Instruct
 
 Hardware: made for 8 accelerators with 80 GB (fsdp takes all devices by default). Not yet run on published weights.
 """
@@ -23,8 +32,8 @@ from multitap_jax.config import TrainConfig, to_dict
 
 def get_config(variant: str = "effective") -> ConfigDict:
     """The settings of a variant; what is not named keeps its default in multitap_jax/config.py."""
-    if variant not in ("effective", "claimed"):
-        raise ValueError(f"configs/official.py:{variant}: the variants are effective and claimed")
+    if variant not in ("effective", "claimed", "mixture"):
+        raise ValueError(f"configs/official.py:{variant}: the variants are effective, claimed and mixture")
     config = ConfigDict(to_dict(TrainConfig()))
     config.update(
         {
@@ -73,4 +82,6 @@ def get_config(variant: str = "effective") -> ConfigDict:
         config.optimizer.schedule = "cosine"
         config.optimizer.warmup_ratio = 0.1
         config.optimizer.eps, config.optimizer.clip_norm = 1e-8, 1.0
+    if variant == "mixture":
+        config.data.train, config.data.balanced = "polaris/train", "imagereward/train"
     return config

@@ -3,12 +3,14 @@
 usage: multitap VERB [--flag=value ...]        multitap VERB --help explains a verb
 
   demo       the whole chain on pictures drawn here: no data, no download, a few minutes on a laptop
+  convert    turn a public dataset, as downloaded, into records
   plan       what a training run will need of chips that are not there: memory, time at best, does it fit
   train      stage 1: fine-tune a backbone and its reward head on human scores
   embed      stage 2: write the frozen model's embeddings of many pairs to disk
   fit        stage 2: fit one ridge head per objective, in closed form, and save them in the checkpoint
   score      score millions of pairs, each exactly once, resumable
-  evaluate   compare scores with human judgements: Kendall, Pearson, Spearman with intervals
+  evaluate   compare scores with human judgements: Kendall, Pearson, Spearman with intervals, or a benchmark's protocol
+  compare    test whether one set of scores agrees with people better than another
   import     make a checkpoint of the official MULTI-TAP code into an artefact
   export     write an artefact in another layout (copy, heads alone, official, StableHLO program, vLLM)
 
@@ -36,7 +38,7 @@ from absl import flags
 from multitap_jax.parallel.host import hush_absent_tpu, keep_freed_memory
 from multitap_jax.verbs.common import explain, joined, left
 
-VERBS = ("demo", "plan", "train", "embed", "fit", "score", "evaluate", "import", "export")
+VERBS = ("demo", "convert", "plan", "train", "embed", "fit", "score", "evaluate", "compare", "import", "export")
 
 
 def _module(verb: str) -> Any:

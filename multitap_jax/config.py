@@ -86,7 +86,9 @@ class DataConfig:
     """Which records, and how a record becomes tokens and patches.
 
     Attributes:
-      train: records file (JSONL, CSV, Parquet) or folder holding one.
+      train: records file (JSONL, CSV, Parquet) or folder holding one; several with commas between.
+      balanced: further ones, cut so that every value of the target occurs as often as its rarest (the official rule for
+        ImageReward).
       evaluation: held-out records, or "" to hold out `holdout` of the groups of `train`.
       holdout: share of groups held out when `evaluation` is empty; 0 disables evaluation.
       target: "score" or "ratings.NAME": the number to learn.
@@ -102,6 +104,7 @@ class DataConfig:
     """
 
     train: str = ""
+    balanced: str = ""
     evaluation: str = ""
     holdout: float = 0.1
     target: str = "score"

@@ -25,7 +25,7 @@ def train_file(tmp_path) -> Path:
     return build_world(tmp_path / "world", 13, 0, 0.05).train
 
 
-def train(base: Path, records: Path, workdir: Path, *more: str) -> int:
+def train(base: Path, records: Path | str, workdir: Path, *more: str) -> int:
     return cli.main(
         [
             "train",
@@ -127,3 +127,15 @@ def test_another_target_is_named_with_the_flag_of_the_verb(base, train_file, tmp
     assert "choose one with --config.data.target=ratings." in message
     assert train(base, train_file, tmp_path / "run", "--config.data.target=ratings.overall") == 1
     assert "--config.data.target_range='(1, 5)'" in capsys.readouterr().err
+
+
+def test_of_several_files_the_one_that_lost_records_is_named(base, train_file, tmp_path, capsys):
+    whole = train_file.read_text().splitlines(keepends=True)
+    more = train_file.with_name("more.jsonl")
+    train_file.write_text("".join(whole[: 6 * PER_PICTURE]))
+    more.write_text("".join(whole[6 * PER_PICTURE :]))
+    truncate(pictures(more)[:1])
+    assert train(base, f"{train_file},{more}", tmp_path / "run") == 1
+    lost, total = PER_PICTURE, len(whole) - 6 * PER_PICTURE
+    assert f"{more}: {lost} of {total} records rejected ({lost / total:.1%}, allowed 1.0%)" in capsys.readouterr().err
+    assert len(lines(tmp_path / "run/rejected.jsonl")) == lost

@@ -88,7 +88,10 @@ def test_embed_fit_score_evaluate_export(artefact, world, folder, capsys):
     before = scores.read_bytes()
     assert run(*command) == 0  # done already: nothing changes
     assert scores.read_bytes() == before
-    assert json.loads((folder / "scores.jsonl.job.json").read_text())["trained_on"]["target"] == "score"
+    note = json.loads((folder / "scores.jsonl.job.json").read_text())
+    assert note["trained_on"]["target"] == "score"
+    assert note["conditions"]["prompt"] == "official-train"
+    assert (note["conditions"]["alpha_rule"], note["conditions"]["references"]) == ("kfold", "none seen")
     report = folder / "evaluation"
     assert (
         run("evaluate", f"--scores={scores}", f"--input={world.heldout}", f"--output={report}", "--bootstrap=50") == 0

@@ -36,6 +36,9 @@ def test_the_official_recipes_are_what_the_paper_notes_say():
     assert (effective.batch_size, effective.epochs, effective.model.dtype) == (32, 1, "bfloat16")
     assert (effective.model.position_mode, effective.data.image_policy) == ("flat", "square:560")
     assert (claimed.optimizer.schedule, claimed.optimizer.warmup_ratio) == ("cosine", 0.1)
+    mixture = from_config_dict(TrainConfig, official.get_config("mixture").to_dict())
+    assert (mixture.data.train, mixture.data.balanced) == ("polaris/train", "imagereward/train")
+    assert mixture.optimizer == effective.optimizer
 
 
 @pytest.mark.parametrize(

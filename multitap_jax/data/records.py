@@ -179,7 +179,7 @@ def iter_records(
     images = ImagePaths(
         file.parent, allow_outside_root=allow_outside_root, decode=check_images, need=need_images, flags=flags
     )
-    parser = _Parser(file, images, require, flags)
+    parser = RecordParser(file, images, require, flags)
     return (parser.parse(line, row) for line, row in rows)
 
 
@@ -231,7 +231,7 @@ def read_rejected(path: Path) -> list[Rejected]:
     return [Rejected(**json.loads(line)) for line in whole.splitlines()]
 
 
-class _Parser:
+class RecordParser:
     """Turns rows into records; remembers the ids seen."""
 
     def __init__(self, file: Path, images: ImagePaths, require: str | None, flags: str):

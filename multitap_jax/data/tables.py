@@ -8,7 +8,7 @@ RecordsError.
 import csv
 import difflib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -112,6 +112,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """ "; did you mean X?" or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def some(items: Sequence[str], shown: int = 3) -> str:
+    """The first few for a message, and how many more."""
+    return ", ".join(items[:shown]) + (f" and {len(items) - shown:,} more" if len(items) > shown else "")
 
 
 def _read_csv(path: Path, check_column: ColumnCheck) -> Iterator[tuple[int, Row]]:

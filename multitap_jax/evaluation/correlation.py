@@ -270,19 +270,30 @@ def _tied(values: np.ndarray) -> int:
     return sum(int(count) * (int(count) - 1) // 2 for count in counts)
 
 
-def _resamples(n: int, groups: Sequence[str] | np.ndarray | None, samples: int, seed: int) -> Iterator[np.ndarray]:
-    """Index arrays of the resamples; none where there are fewer than two things to draw from."""
+def group_draws(
+    n: int, groups: Sequence[str] | np.ndarray | None, samples: int, seed: int
+) -> tuple[np.ndarray, int, Iterator[np.ndarray]]:
+    """What a bootstrap of n pairs draws from, and the draws.
+
+    Returns:
+      member: int[n], the group of each pair. number: of groups. draws: for each resample the groups drawn, int[number];
+      none where there are fewer than two.
+    """
     _, member = np.unique(np.arange(n) if groups is None else np.asarray(groups), return_inverse=True)
     if len(member) != n:
         raise ValueError(f"{len(member)} group labels for {n} pairs: expected one label a pair")
+    number = int(member.max()) + 1 if n else 0
+    rng = np.random.default_rng(seed)
+    return member, number, (rng.integers(number, size=number) for _ in range(samples if number > 1 else 0))
+
+
+def _resamples(n: int, groups: Sequence[str] | np.ndarray | None, samples: int, seed: int) -> Iterator[np.ndarray]:
+    """Index arrays of the resamples; none where there are fewer than two things to draw from."""
+    member, _, draws = group_draws(n, groups, sample_count(n, samples), seed)
     order = np.argsort(member, kind="stable")
     sizes = np.bincount(member)
     starts = np.cumsum(sizes) - sizes
-    if len(sizes) < 2:
-        return
-    rng = np.random.default_rng(seed)
-    for _ in range(sample_count(n, samples)):
-        chosen = rng.integers(len(sizes), size=len(sizes))
+    for chosen in draws:
         lengths = sizes[chosen]
         inside = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         yield order[np.repeat(starts[chosen], lengths) + inside]

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,11 @@ import numpy as np
 from rich.text import Text
 
 from multitap_jax.data.records import Record, Rejected, group_keys, iter_records
-from multitap_jax.data.tables import RecordsError, Unreadable, read_jsonl
+from multitap_jax.data.tables import RecordsError, Unreadable, find_records_file, read_jsonl
 from multitap_jax.display import TextTable
 from multitap_jax.evaluation.correlation import Metrics, Statistic, evaluate_pairs
 from multitap_jax.evaluation.plots import objective_figure, scatter_figure
+from multitap_jax.evaluation.scores import is_number
 from multitap_jax.scoring.journal import sidecar_of
 
 NO_TARGET = "none"  # compare the objectives only
@@ -47,6 +47,7 @@ class EvaluationReport:
       duplicates: ids on more than one line of scores (the first counts). unknown: ids that are no record.
       unpredicted: rated objectives that the scores do not have.
       problems: lines of scores with an error, or without a usable number. rejected: unusable records.
+      warnings: what makes the numbers mean less than they seem.
       points: float64[N, 2], (score, target) of the pairs of `overall`. ids: their N records.
     """
 
@@ -65,6 +66,7 @@ class EvaluationReport:
     unpredicted: list[str]
     problems: list[Problem]
     rejected: list[Rejected]
+    warnings: tuple[str, ...]
     points: np.ndarray = dataclasses.field(repr=False)
     ids: list[str] = dataclasses.field(repr=False)
 
@@ -97,7 +99,7 @@ class EvaluationReport:
     def to_json(self) -> str:
         """The whole report; numbers that do not exist are null, with their reason."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.repr}
-        values = {name: _plain(value) for name, value in fields.items()}
+        values = {name: plain(value) for name, value in fields.items()}
         return json.dumps(values, indent=2, allow_nan=False)
 
     def save(self, folder: str | Path) -> None:
@@ -111,7 +113,7 @@ class EvaluationReport:
             objective_figure(self.objectives).savefig(folder / "objectives.png", dpi=150)
 
     def _caption(self) -> str:
-        lines = [self.protocol]
+        lines = [self.protocol, *(f"WARNING: {warning}" for warning in self.warnings)]
         for kind, items in self.lists().items():
             if items:
                 more = ", ..." if len(items) > SHOWN else ""
@@ -164,7 +166,7 @@ def evaluate_files(
       RecordsError: a file is missing or of the wrong kind, no record has the target, or one lies outside
         `target_range`.
     """
-    note = _note(Path(scores_path))
+    note = read_note(scores_path)
     target, target_range = _target(note, target, target_range)
     low, high = target_range
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
@@ -202,6 +204,7 @@ def evaluate_files(
         unpredicted=[n for n in dict.fromkeys(n for r in records for n in r.ratings) if n not in scores.objectives],
         problems=scores.problems,
         rejected=[item for item in items if isinstance(item, Rejected)],
+        warnings=trained_on(note, records_path),
         points=np.stack([pred, human], axis=1),
         ids=[record.id for record in rated],
     )
@@ -219,13 +222,24 @@ def _objectives(
     return out
 
 
-def _note(path: Path) -> dict[str, Any]:
+def read_note(scores_path: str | os.PathLike[str]) -> dict[str, Any]:
     """The sidecar that `multitap score` leaves beside its output; empty without one."""
     try:
-        note = json.loads(sidecar_of(path).read_text("utf-8"))
+        note = json.loads(sidecar_of(Path(scores_path)).read_text("utf-8"))
     except (OSError, ValueError):
         return {}
     return note if isinstance(note, dict) and isinstance(note.get("settings", {}), dict) else {}
+
+
+def trained_on(note: dict[str, Any], records_path: str | os.PathLike[str]) -> tuple[str, ...]:
+    """A warning where the sidecar says that the model was trained on these very records; else nothing."""
+    trained = note.get("trained_on")
+    files = str(trained.get("records", "")) if isinstance(trained, dict) else ""
+    here = find_records_file(Path(records_path)).resolve()
+    for name in filter(None, (part.strip() for part in files.split(","))):
+        if Path(name).exists() and Path(name).resolve() in (here, here.parent):
+            return (f"the model was trained on these very records ({name}): this says nothing of others",)
+    return ()
 
 
 def _target(
@@ -276,7 +290,7 @@ def _take(scores: _Scores, line: int, name: str, row: dict[str, Any]) -> None:
         scores.problems.append(Problem(line, name, str(row["error"])))
         return
     scores.truncated += row.get("truncated") is True
-    if _is_number(row.get("score")):
+    if is_number(row.get("score")):
         scores.overall[name] = float(row["score"])
     else:
         scores.problems.append(Problem(line, name, f"score is {row.get('score')!r}, not a finite number"))
@@ -286,14 +300,10 @@ def _take(scores: _Scores, line: int, name: str, row: dict[str, Any]) -> None:
         return
     for objective, value in objectives.items():
         column = scores.objectives.setdefault(objective, {})
-        if _is_number(value):
+        if is_number(value):
             column[name] = float(value)
         else:
             scores.problems.append(Problem(line, name, f"scores.{objective} is {value!r}, not a finite number"))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _on_scale(record: Record, target: str, low: float, high: float) -> float:
@@ -342,12 +352,12 @@ def _cell(statistic: Statistic, *, interval: bool = False) -> str:
     return f"{statistic.value:.2f} [{statistic.interval.low:.2f}, {statistic.interval.high:.2f}]"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Dataclasses to dicts, NaN to null, all the way down."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
+        return {name: plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value

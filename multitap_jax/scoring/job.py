@@ -54,6 +54,10 @@ class SupportsScore(Protocol):
     def trained_on(self) -> dict[str, Any]:
         """JSON of the human score that the overall score stands for: `target` and `target_range`."""
 
+    @property
+    def conditions(self) -> dict[str, str]:
+        """JSON of what a report has to say: prompt variant, position mode, image policy, pooling, alpha rule."""
+
     def score(
         self, *, images: Sequence[Any], texts: Sequence[str], requests: Sequence[str | None], truncate: bool
     ) -> "Scores":
@@ -168,7 +172,8 @@ def score_file(
         return _score_window(scorer, block.items, truncate)
 
     if is_main_process():
-        with Journal(output, identity, {"checkpoint": scorer.checkpoint, "trained_on": scorer.trained_on}) as journal:
+        names = ("checkpoint", "trained_on", "conditions")
+        with Journal(output, identity, {name: getattr(scorer, name) for name in names}) as journal:
             total = _count_lines(source) if show_progress else None
             bar = functools.partial(progress_bar, total, enabled=show_progress)
             resumed = _write(journal, rejected_file, items, parts, work, tally, bar)

@@ -9,6 +9,7 @@ Windows of pairs are decoded and packed by a thread while the device computes; r
 that each batch carries, so nothing depends on how pairs were put together.
 """
 
+import dataclasses
 import functools
 import threading
 from collections import deque
@@ -128,9 +129,21 @@ class Scorer:
 
     @property
     def trained_on(self) -> dict[str, Any]:
-        """The human score that the overall score stands for: `target`, and the `target_range` mapped to 0 and 1."""
-        overall = self.artefact.manifest.overall
-        return {"target": overall.target, "target_range": list(overall.target_range)}
+        """The human score that the overall score stands for: `target`, and the `target_range` mapped to 0 and 1; and
+        `records`, the files it was learned from, as the run named them."""
+        manifest = self.artefact.manifest
+        overall, data = manifest.overall, manifest.provenance.get("config", {}).get("data", {})
+        names = ",".join(filter(None, (data.get("train"), data.get("balanced"))))
+        records = {"records": names} if names else {}
+        return {"target": overall.target, "target_range": list(overall.target_range), **records}
+
+    @property
+    def conditions(self) -> dict[str, str]:
+        """What a report of its scores has to say: prompt variant, position mode, image policy, pooling, alpha rule, and
+        that no reference captions are seen."""
+        manifest = self.artefact.manifest
+        rule = manifest.ridge["criterion"] if manifest.ridge else "no ridge heads"
+        return {**dataclasses.asdict(manifest.contract), "alpha_rule": str(rule), "references": "none seen"}
 
     @property
     def hidden_size(self) -> int:

@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -49,6 +49,14 @@ class Rejects:
             if new and (self._main or not by_all):
                 with self._file.open("a", encoding="utf-8") as file:
                     file.writelines(json.dumps(asdict(item)) + "\n" for item in new)
+
+    def add_from(self, origin: Mapping[str, Path], rejected: Iterable[Rejected], *, by_all: bool = True) -> None:
+        """`add` for records of several files; `origin` has the file of each id."""
+        by_file: dict[Path, list[Rejected]] = {}
+        for item in rejected:
+            by_file.setdefault(origin[item.id or ""], []).append(item)
+        for source, items in by_file.items():
+            self.add(source, items, by_all=by_all)
 
     def judge(self) -> None:
         """Raises RecordsError where a source has lost more than `max_rejected` of its records, or all."""

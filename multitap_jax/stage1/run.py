@@ -26,6 +26,7 @@ from multitap_jax.reward import RewardHead, RewardModel
 from multitap_jax.scoring.artefact import Artefact
 from multitap_jax.scoring.manifest import MANIFEST, Overall
 from multitap_jax.scoring.progress import progress_bar
+from multitap_jax.stage1.mixture import Origin, training_records
 from multitap_jax.stage1.record import provenance
 from multitap_jax.stage1.rejects import FLAGS, Rejects
 from multitap_jax.stage1.train import CHECKPOINTS, TrainResult, train
@@ -77,11 +78,12 @@ def _run(config: TrainConfig, workdir: Path, console: Console) -> RunResult:
         resumed=any((workdir / CHECKPOINTS).glob("[0-9]*")),
         process=jax.process_index(),
     )
-    train_records, held_out = _records(config, rejects)
+    train_records, held_out, origins = _records(config, rejects)
     model = _model(config, base, mesh)
     hidden = model.backbone.config.text.hidden_size
-    dataset = _dataset(config, processing, train_records, hidden, rejects, mesh, config.accumulation)
-    evaluation = _dataset(config, processing, held_out, hidden, rejects, mesh, held_out=True) if held_out else None
+    common = config, processing, hidden, rejects, mesh
+    dataset = _dataset(*common, train_records, origins[0], config.accumulation)
+    evaluation = _dataset(*common, held_out, origins[1], held_out=True) if held_out else None
     console.print(
         f"{len(train_records)} training and {len(held_out)} held-out pairs, {len(rejects)} rejected; "
         f"{dataset.num_steps} steps of {config.batch_size} pairs, each packed into {dataset.shape}; "
@@ -130,9 +132,10 @@ def _contract(config: TrainConfig, base: Path) -> Contract:
     return Contract.of(read_config(base)[0], prompt=config.data.prompt, **{**kept, **chosen})
 
 
-def _records(config: TrainConfig, rejects: Rejects) -> tuple[list[Record], list[Record]]:
-    def load(path: str) -> list[Record]:
-        file = find_records_file(path)
+def _records(config: TrainConfig, rejects: Rejects) -> tuple[list[Record], list[Record], tuple[Origin, Origin]]:
+    """Training and held-out records, and for both the file that each id is from."""
+
+    def load(file: Path) -> list[Record]:
         items = list(
             iter_records(
                 file,
@@ -146,26 +149,27 @@ def _records(config: TrainConfig, rejects: Rejects) -> tuple[list[Record], list[
         rejects.judge()
         return [item for item in items if isinstance(item, Record)]
 
-    records = load(config.data.train)
+    records, origin = training_records(config.data, config.seed, load)
     if config.data.evaluation:
-        return records, load(config.data.evaluation)
+        held_out = load(file := find_records_file(config.data.evaluation))
+        return records, held_out, (origin, {record.id: file for record in held_out})
     if config.data.holdout <= 0:
-        return records, []
-    return split_by_group(records, config.data.holdout, config.seed)
+        return records, [], (origin, origin)
+    return *split_by_group(records, config.data.holdout, config.seed), (origin, origin)
 
 
 def _dataset(
     config: TrainConfig,
     processing: Processing,
-    records: list[Record],
     hidden: int,
     rejects: Rejects,
     mesh: jax.sharding.Mesh,
+    records: list[Record],
+    origin: Origin,
     accumulation: int = 1,
     *,
     held_out: bool = False,
 ) -> PackedDataset:
-    source = find_records_file((config.data.evaluation if held_out else "") or config.data.train)
     files = -(-len({path for record in records for path in record.images}) // jax.process_count())  # of this process
     label = f"checking {'held-out' if held_out else 'training'} pictures"
     with progress_bar(files, enabled=is_main_process(), label=label, unit="pictures") as advance:
@@ -179,7 +183,7 @@ def _dataset(
             max_length=config.data.max_length,
             advance=advance,
         )
-    rejects.add(source, prepared.rejected)
+    rejects.add_from(origin, prepared.rejected)
     rejects.judge()
     return PackedDataset(
         prepared,
@@ -194,7 +198,7 @@ def _dataset(
         cells=batch_shards(mesh) * accumulation,
         own=[shard * accumulation + part for shard in own_shards(mesh) for part in range(accumulation)],
         compare=config.objective == COMPARING and not held_out,
-        on_failure=lambda broken: rejects.add(source, broken, by_all=False),
+        on_failure=lambda broken: rejects.add_from(origin, broken, by_all=False),
     )
 
 

@@ -45,6 +45,14 @@ def input_flags(values: flags.FlagValues, *, required: bool = True) -> None:
         flags.mark_flag_as_required("input", flag_values=values)
 
 
+def benchmark_flags(values: flags.FlagValues) -> None:
+    """--benchmark and how its scores are read."""
+    flags.DEFINE_string("benchmark", None, "Protocol to count by; the table below has them.", flag_values=values)
+    flags.DEFINE_string("score_field", "score", "The number of a line of scores; scores.NAME too.", flag_values=values)
+    flags.DEFINE_string("ties", None, "Rule for equal scores: loss, half, second (of accuracies).", flag_values=values)
+    flags.DEFINE_bool("allow_subset", False, "Count another number of records than published.", flag_values=values)
+
+
 def model_flags(values: flags.FlagValues) -> None:
     """--checkpoint and how it is computed."""
     flags.DEFINE_string("checkpoint", None, "Artefact folder (what `train` writes). Required.", flag_values=values)

@@ -6,19 +6,19 @@ Scores (of `multitap score`, or anyone's JSONL with id and score) are joined wit
 is compared with --target; every objective that has a head and ratings is compared with its own ratings. Ratings from 1
 to 5 under the name realism, for instance, need --target=ratings.realism --target_range=1,5. The table has the
 correlations; --output gets plots and metrics.json with everything (Kendall tau_b and tau_c, Pearson, Spearman, accuracy
-|prediction - target| <= 0.5, mean squared error, each with a bootstrap interval, ties, left-out records).
-"""
+X"""
 
 import re
 from pathlib import Path
 
 from absl import flags
 
-from multitap_jax.verbs.common import input_flags, process_flags, whole_number
+from multitap_jax.verbs.common import benchmark_flags, input_flags, process_flags, whole_number
 
 
 def define_flags(values: flags.FlagValues) -> None:
     input_flags(values)
+    benchmark_flags(values)
     process_flags(values)
     flags.DEFINE_string("scores", None, "Scores (JSONL). Required.", flag_values=values)
     flags.DEFINE_string("output", None, "Folder for metrics.json and plots.", flag_values=values)
@@ -39,15 +39,51 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.mark_flag_as_required("scores", flag_values=values)
 
 
-def run(values: flags.FlagValues) -> int:
-    from rich.console import Console
+def more_help() -> str:
+    """The table of protocols."""
+    from multitap_jax.evaluation.protocols import describe
 
-    from multitap_jax.data.records import check_rejected_share
-    from multitap_jax.evaluation.report import evaluate_files
+    return describe()
+
+
+def run(values: flags.FlagValues) -> int:
     from multitap_jax.parallel.distributed import is_main_process
 
     if not is_main_process():  # it is the work of a moment, and done once
         return 0
+    return _run_benchmark(values) if values.benchmark else _run_records(values)
+
+
+def _run_benchmark(values: flags.FlagValues) -> int:
+    from rich.console import Console
+
+    from multitap_jax.evaluation.benchmark import evaluate_benchmark
+    from multitap_jax.evaluation.protocols import protocol_named
+
+    if values.target or values.target_range:
+        raise ValueError("--target and --target_range are for records of your own; a benchmark says what is compared")
+    report = evaluate_benchmark(
+        protocol_named(values.benchmark, ties=values.ties),
+        values.input,
+        values.scores,
+        score_field=values.score_field,
+        bootstrap_samples=values.bootstrap,
+        allow_subset=values.allow_subset,
+        allow_outside_root=values.allow_outside_root,
+    )
+    Console().print(report.table())
+    print(report.words())
+    if values.output:
+        print(f"wrote {report.save(values.output)}")
+    return 0
+
+
+def _run_records(values: flags.FlagValues) -> int:
+    from rich.console import Console
+
+    from multitap_jax.data.records import check_rejected_share
+    from multitap_jax.evaluation.report import evaluate_files
+
     report = evaluate_files(
         values.scores,
         values.input,

@@ -200,6 +200,11 @@ def test_the_target_is_the_one_that_was_trained_on(files):
     assert (found.target, found.dtype) == ("ratings.safety", "bfloat16")
     assert found.points[:, 1].tolist() == [record["ratings"]["safety"] / 3 for record in records]
     assert report_of(folder, records, scores, target="score").target == "score"
+    assert not found.warnings
+    note["trained_on"]["records"] = f"elsewhere, {folder / 'r.jsonl'}"
+    (folder / "s.jsonl.job.json").write_text(json.dumps(note))
+    warned = report_of(folder, records, scores, target_range=None)
+    assert "WARNING: the model was trained on these very records" in shown(warned)
     wider = report_of(folder, records, scores, target_range=(0, 6))
     assert wider.points[:, 1].tolist() == [record["ratings"]["safety"] / 6 for record in records]
 

@@ -1,0 +1,242 @@
+"""Public files on disk: finding those of a dataset, telling which dataset they are of, and their rows in a stream."""
+
+import csv
+import functools
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from multitap_jax.data.sources.base import Dataset, Layout, SourceError
+from multitap_jax.data.tables import nearest, some
+
+SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+ALL = "all"
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+
+
+def find(
+    folder: Path, dataset: Dataset, split: str, others: Iterable[Dataset], apart: Path | None = None
+) -> tuple[Layout, list[Path]]:
+    """The files of a split of a dataset, sorted by name, and the form they are in.
+
+    Args:
+      folder: where the user has them, at any depth; or one file.
+      dataset, split: what is looked for; the split "all" takes every file.
+      others: known datasets, to say what the files are instead.
+      apart: a folder whose files are not looked at, the output's.
+
+    Raises:
+      SourceError: no such folder; nothing in it fits: says what was looked for, what is there, and what it looks like.
+    """
+    if not folder.exists():
+        raise SourceError(f"{folder}: no such file or folder; give what you downloaded as --source=FOLDER")
+    there = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else [folder]
+    if apart is not None:
+        there = [path for path in there if apart.absolute() not in path.absolute().parents]
+    other_splits: dict[str, int] = {}
+    for layout in dataset.layouts:
+        files = _fitting(layout, there)
+        found = [split_of(path, folder) for path in files]
+        if layout.by_split and split != ALL:
+            files = [path for path, name in zip(files, found, strict=True) if name == split]
+        if files and not layout.by_split and split != dataset.split:
+            raise SourceError(f"{dataset.title} has one split, {dataset.split}; leave out --split={split}")
+        if files:
+            return layout, files
+        for name in found:
+            other_splits[name or "unnamed"] = other_splits.get(name or "unnamed", 0) + 1
+    if other_splits:
+        what = ", ".join(f"{name} ({count})" for name, count in other_splits.items())
+        raise SourceError(
+            f"{folder}: no file of the split {split!r} of {dataset.title}, as file and folder names tell; there are "
+            f"files of {what}. Choose with --split; --split=all takes all files"
+        )
+    raise SourceError(_not_found(folder, dataset, there, others))
+
+
+def _fitting(layout: Layout, there: Sequence[Path]) -> list[Path]:
+    names = {path.name for path in there}
+    if not names.issuperset(layout.beside):
+        return []
+    return [path for path in there if path.match(layout.pattern) and layout.columns <= columns_of(path)]
+
+
+def split_of(path: Path, folder: Path) -> str | None:
+    """The split that a file's name, or that of a folder above it, says it is of; the nearest to the file counts."""
+    inside = path.relative_to(folder) if path != folder else Path(path.name)
+    for part in reversed(inside.parts):
+        for word in re.split(r"[^a-z]+", part.lower()):
+            for split, names in SPLITS.items():
+                if word in names:
+                    return split
+    return None
+
+
+def _not_found(folder: Path, dataset: Dataset, there: Sequence[Path], others: Iterable[Dataset]) -> str:
+    looked = "; or ".join(str(layout) for layout in dataset.layouts)
+    lines = [f"{folder}: this is not {dataset.title}. Looked for {looked}."]
+    for layout in dataset.layouts:
+        for path in [path for path in there if path.match(layout.pattern)][:1]:
+            columns = columns_of(path)
+            missing = sorted(layout.columns - columns)
+            if missing and columns & layout.columns:
+                hints = (f"{name!r}{nearest(name, columns - layout.columns)}" for name in missing)
+                lines.append(f"{path.name} has no column {', '.join(hints)}.")
+        absent = [name for name in layout.beside if name not in {path.name for path in there}]
+        if absent and any(path.match(layout.pattern) for path in there):
+            lines.append(f"Beside {layout.pattern} there is no {', '.join(absent)}.")
+    alike = [other.title for other in others if any(_fitting(form, there) for form in other.layouts if form.columns)]
+    if alike := [title for title in alike if title != dataset.title]:
+        lines.append(f"It looks like {' or '.join(alike)}.")
+    names = [str(path.relative_to(folder)) if path != folder else path.name for path in there]
+    lines.append(f"There: {some(names, 5) or 'no files'}.")
+    return " ".join(lines)
+
+
+@functools.lru_cache(maxsize=4096)
+def columns_of(path: Path) -> frozenset[str]:
+    """Column names of a table; for JSON the keys of its first entry; none where the file is of another kind."""
+    try:
+        if path.suffix == ".parquet":
+            return frozenset(pyarrow.parquet.read_schema(path).names)
+        if path.suffix in _DELIMITERS:
+            return frozenset(_header(path))
+        if path.suffix == ".jsonl":
+            with path.open("rb") as file:
+                first = json.loads(file.readline() or b"{}")
+            return frozenset(first) if isinstance(first, dict) else frozenset()
+        if path.suffix == ".json":
+            return frozenset(_first_entry(read_json(path)))
+    except (pyarrow.ArrowException, OSError, ValueError, csv.Error):
+        pass  # not readable as what its name says: then it is not what is looked for
+    return frozenset()
+
+
+def _first_entry(value: Any) -> dict[str, Any]:
+    """The first object that holds a plain value, down through lists and objects of nothing but lists and objects."""
+    while isinstance(value, list | dict):
+        if isinstance(value, list):
+            value = value[0] if value else None
+        elif isinstance(value.get("annotations"), list):  # the form that COCO made usual: facts, images, annotations
+            value = value["annotations"]
+        elif value and all(isinstance(inner, list | dict) for inner in value.values()):
+            value = next(iter(value.values()))
+        else:
+            return value
+    return {}
+
+
+@functools.lru_cache(maxsize=1)
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; the last one read is kept. Raises SourceError where it is damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise SourceError(f"{path}: damaged or no JSON ({error}); download it again") from error
+
+
+def delimiter_of(path: Path, line: str) -> str:
+    """Tabs in .tsv; in .csv commas, or the semicolons that some publish."""
+    if path.suffix == ".tsv":
+        return "\t"
+    return ";" if line.count(";") > line.count(",") else ","
+
+
+def _header(path: Path) -> list[str]:
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        line = file.readline()
+    return next(csv.reader([line], delimiter=delimiter_of(path, line)), [])
+
+
+def rows(
+    paths: Sequence[Path], columns: Sequence[str] | None = None, *, ragged: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Rows of tables (Parquet, CSV, TSV, JSON lines) one after another, in constant memory.
+
+    Args:
+      columns: those of Parquet that are read; None reads all.
+      ragged: let rows of CSV have more or fewer cells than the header.
+
+    Raises:
+      SourceError: damaged files, or a row whose cells do not match the header.
+    """
+    for path in paths:
+        if path.suffix == ".parquet":
+            yield from _parquet_rows(path, columns)
+        elif path.suffix == ".jsonl":
+            yield from _json_lines(path)
+        else:
+            yield from _csv_rows(path, ragged)
+
+
+def _parquet_rows(path: Path, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            there = table.schema_arrow.names
+            wanted = None if columns is None else [name for name in columns if name in there]
+            for batch in table.iter_batches(batch_size=64, columns=wanted):  # rows may hold pictures of megabytes
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise SourceError(f"{path}: damaged or no Parquet file ({error}); download it again") from error
+
+
+def _csv_rows(path: Path, ragged: bool) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        line = file.readline()
+        file.seek(0)
+        reader = csv.DictReader(file, delimiter=delimiter_of(path, line), strict=True)
+        try:
+            for row in reader:
+                if not ragged and (None in row or None in row.values()):
+                    raise SourceError(f"{path}: line {reader.line_num} has not as many cells as the header; mend it")
+                yield row
+        except csv.Error as error:
+            raise SourceError(f"{path}: line {reader.line_num} is no CSV ({error}); download it again") from error
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise SourceError(f"{path}: line {number} is no JSON ({error}); download it again") from error
+                yield row
+
+
+def lines(path: Path, cells: int) -> Iterator[list[str]]:
+    """Cells of a text file with tabs and no header. Raises SourceError for a line with too few."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            found = line.rstrip("\n").split("\t")
+            if len(found) < cells:
+                raise SourceError(f"{path}: line {number} has {len(found)} cells, expected {cells} with tabs between")
+            yield found
+
+
+def number(value: Any, name: str) -> float | None:
+    """A number of a cell, None where it is empty. Raises ValueError, naming it, for what is none and for NaN."""
+    if value is None or value == "":
+        return None
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} is {str(value)[:40]!r}, not a number") from None
+    if found != found or found in (float("inf"), float("-inf")):
+        raise ValueError(f"{name} is {found}")
+    return found
+
+
+def embedded(value: Any) -> str | bytes:
+    """A picture of a Hub table: its bytes, or its name where it lies beside. Raises ValueError where it is neither."""
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if not isinstance(value, str | bytes) or not value:
+        raise ValueError(f"the picture is {str(value)[:40]!r}, neither bytes nor a name")
+    return value

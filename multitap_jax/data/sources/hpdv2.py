@@ -1,0 +1,42 @@
+"""HPDv2: pictures of one prompt, ranked in the test split and chosen by pairs in the training split."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from multitap_jax.data.sources.base import Dataset, Draft, Item, Layout, Request, rejected
+from multitap_jax.data.sources.files import read_json
+
+
+def _drafts(place: int, prompt: str, pictures: Sequence[str], preferences: Sequence[float]) -> Iterator[Item]:
+    group = f"{place:06d}"
+    if len(pictures) != len(preferences):
+        yield rejected(group, f"{len(pictures)} pictures, but {len(preferences)} judgements")
+        return
+    for side, (picture, preference) in enumerate(zip(pictures, preferences, strict=True)):
+        rating = {"preference": float(preference)}
+        yield Draft(f"{group}/{side}", picture, prompt, ratings=rating, group=group)
+
+
+def _read_rankings(paths: Sequence[Path], request: Request) -> Iterator[Item]:
+    for path in paths:
+        for place, entry in enumerate(read_json(path)):
+            yield from _drafts(place, entry["prompt"], entry["image_path"], [-rank for rank in entry["rank"]])
+
+
+def _read_choices(paths: Sequence[Path], request: Request) -> Iterator[Item]:
+    for path in paths:
+        for place, entry in enumerate(read_json(path)):
+            yield from _drafts(place, entry["prompt"], entry["file_path"], entry["human_preference"])
+
+
+HPD = Dataset(
+    name="hpdv2",
+    title="HPDv2",
+    layouts=(
+        Layout("*.json", frozenset({"prompt", "image_path", "rank"}), _read_rankings, by_split=True),
+        Layout("*.json", frozenset({"prompt", "file_path", "human_preference"}), _read_choices, by_split=True),
+    ),
+    gives="preference: minus the rank, or 1 and 0; group: the prompt",
+    origin="Wu et al., 2023; huggingface.co/datasets/ymhao/HPDv2",
+    protocols=("hpdv2",),
+)

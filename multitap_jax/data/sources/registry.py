@@ -1,0 +1,65 @@
+"""The table of datasets: what `multitap convert` reads."""
+
+import textwrap
+
+from multitap_jax.data.sources import (
+    align_anything,
+    composite,
+    eye4all,
+    flickr8k,
+    foil,
+    hpdv2,
+    imagereward,
+    nebula,
+    oid,
+    pascal50s,
+    polaris,
+    tables,
+    visionreward,
+)
+from multitap_jax.data.sources.base import Dataset, SourceError
+from multitap_jax.data.tables import nearest
+
+DATASETS: dict[str, Dataset] = {
+    dataset.name: dataset
+    for dataset in (
+        flickr8k.EXPERT,
+        flickr8k.CROWD,
+        composite.COMPOSITE,
+        pascal50s.PASCAL,
+        foil.FOIL,
+        polaris.POLARIS,
+        polaris.STAR,
+        nebula.NEBULA,
+        oid.OID,
+        imagereward.IMAGEREWARD,
+        hpdv2.HPD,
+        visionreward.VISIONREWARD,
+        align_anything.ANSWERS,
+        align_anything.PICTURES,
+        eye4all.MULTI,
+        eye4all.PREF,
+        tables.AGIQA,
+        tables.TABLE,
+    )
+}
+
+
+def dataset_named(name: str) -> Dataset:
+    """A dataset of the table. Raises SourceError, naming the nearest, where there is none of that name."""
+    if name not in DATASETS:
+        raise SourceError(f"--dataset={name}: not known{nearest(name, DATASETS)}; known are {', '.join(DATASETS)}")
+    return DATASETS[name]
+
+
+def describe() -> str:
+    """The table as text: name, published counts, what is read, what it gives, where it is from."""
+    lines = ["Datasets (counts as published; * is the split read without --split):"]
+    for dataset in DATASETS.values():
+        counts = ", ".join(f"{name}{'*' * (name == dataset.split)} {n:,}" for name, n in dataset.counts.items())
+        facts = ["reads " + "; or ".join(map(str, dataset.layouts)), dataset.gives, dataset.origin]
+        if dataset.protocols:
+            facts.insert(2, f"counted by --benchmark={' or '.join(dataset.protocols)}")
+        lines.append(f"  {dataset.name}  {dataset.title}" + f" ({counts})" * bool(counts))
+        lines += [textwrap.fill(fact, 96, initial_indent=" " * 6, subsequent_indent=" " * 8) for fact in facts]
+    return "\n".join(lines)

@@ -1,0 +1,130 @@
+"""Whether one set of scores agrees with people better than another: a paired bootstrap over the same resamples."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+
+from multitap_jax.display import TextTable
+from multitap_jax.evaluation.benchmark import interval
+from multitap_jax.evaluation.correlation import Interval
+from multitap_jax.evaluation.protocols import Benchmark, Protocol, ProtocolError
+from multitap_jax.evaluation.report import plain
+from multitap_jax.evaluation.scores import read_scores
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Two sets of scores of the same records.
+
+    Attributes:
+      benchmark, protocol, statistic: what was counted, as in `BenchmarkReport`.
+      first, second: the statistic of each. names: their files.
+      difference: first minus second, with its interval.
+      p_value: two-sided, of no difference: twice the smaller share of resamples on either side of 0 (one added to both
+        counts, so it is never 0); NaN without resamples.
+      n, n_groups, samples: rows; groups that are resampled together; resamples where both are defined.
+    """
+
+    benchmark: str
+    protocol: str
+    statistic: str
+    names: tuple[str, str]
+    first: float
+    second: float
+    difference: float
+    interval: Interval
+    p_value: float
+    n: int
+    n_groups: int
+    samples: int
+
+    def table(self) -> TextTable:
+        """The three numbers times 100."""
+        table = TextTable(title=f"{self.benchmark}: {self.statistic}")
+        for name in ("", "x 100", "95% interval"):
+            table.add_column(name, justify="left" if name == "" else "right", no_wrap=True)
+        table.add_row(self.names[0], f"{100 * self.first:.3f}", "")
+        table.add_row(self.names[1], f"{100 * self.second:.3f}", "")
+        low, high = self.interval
+        table.add_row("difference", f"{100 * self.difference:.3f}", f"{100 * low:.3f} to {100 * high:.3f}")
+        return table
+
+    def words(self) -> str:
+        """The protocol, and what the test says."""
+        return (
+            f"{self.protocol}\nPaired bootstrap: p = {self.p_value:.3g} (two-sided), {self.samples:,} samples of "
+            f"{self.n_groups:,} whole groups, the same for both; n = {self.n:,}."
+        )
+
+    def to_json(self) -> str:
+        """The whole comparison; numbers that do not exist are null."""
+        return json.dumps(plain(self), indent=2, allow_nan=False)
+
+
+def compare_scores(
+    benchmark: Benchmark,
+    first: np.ndarray,
+    second: np.ndarray,
+    *,
+    names: tuple[str, str] = ("first", "second"),
+    bootstrap_samples: int = 1000,
+    seed: int = 0,
+) -> Comparison:
+    """Compares scores float64[N] of a benchmark's records by a paired bootstrap over whole groups.
+
+    Raises:
+      ProtocolError: a statistic is undefined (all scores equal).
+    """
+    values = [benchmark.statistic(scores) for scores in (first, second)]
+    for name, value in zip(names, values, strict=True):
+        if np.isnan(value):
+            raise ProtocolError(f"{name}: {benchmark.protocol.statistic} is undefined: all its scores are equal")
+    drawn = benchmark.resampled([first, second], bootstrap_samples, seed)[:, :, 0]
+    differences = drawn[0] - drawn[1]
+    defined = differences[np.isfinite(differences)]
+    sides = min((defined <= 0).sum(), (defined >= 0).sum()) + 1
+    return Comparison(
+        benchmark=benchmark.protocol.name,
+        protocol=benchmark.protocol.describe(),
+        statistic=benchmark.protocol.statistic,
+        names=names,
+        first=values[0],
+        second=values[1],
+        difference=values[0] - values[1],
+        interval=interval(differences),
+        p_value=float(min(1.0, 2 * sides / (len(defined) + 1))) if len(defined) else float("nan"),
+        n=len(benchmark.rows),
+        n_groups=len(np.unique(benchmark.groups)),
+        samples=len(defined),
+    )
+
+
+def compare_files(
+    protocol: Protocol,
+    records_path: str | Path,
+    scores_path: str | Path,
+    against_path: str | Path,
+    *,
+    score_field: str = "score",
+    against_field: str | None = None,
+    bootstrap_samples: int = 1000,
+    seed: int = 0,
+    allow_subset: bool = False,
+    allow_outside_root: bool = False,
+) -> Comparison:
+    """`compare_scores` of two files; arguments as `evaluate_benchmark`, `against_field` as `score_field` by default."""
+    benchmark = Benchmark.open(protocol, records_path, allow_subset=allow_subset, allow_outside_root=allow_outside_root)
+    ids = [record.id for record in benchmark.records]
+    fields = (score_field, against_field or score_field)
+    paths = (scores_path, against_path)
+    first, second = (read_scores(path, ids, field) for path, field in zip(paths, fields, strict=True))
+    names = [Path(path).name for path in paths]
+    if Path(scores_path) == Path(against_path):
+        names = [f"{name}: {field}" for name, field in zip(names, fields, strict=True)]
+    elif names[0] == names[1]:
+        names = [str(path) for path in paths]
+    return compare_scores(
+        benchmark, first, second, names=(names[0], names[1]), bootstrap_samples=bootstrap_samples, seed=seed
+    )

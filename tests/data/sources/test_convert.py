@@ -1,0 +1,257 @@
+"""The conversion: pictures, wrong folders, wrong counts, and what a kill leaves."""
+
+import json
+import os
+
+import pytest
+
+from multitap_jax.cli import main
+from multitap_jax.data.decode import decode_image
+from multitap_jax.data.records import RecordsError, load_records
+from multitap_jax.data.sources import SourceError, convert, read_dataset_note
+from multitap_jax.files import FolderInUseError
+from tests.data.sources.published import flickr_json, hub_image, parquet, picture, table, write
+
+POLARIS = {"refs": ["a"], "cand": "a cat", "img": hub_image(1), "human_score": 0.25}
+
+
+def polaris(folder, rows=3, **changes):
+    parquet(
+        folder / "data/test-00000-of-00001.parquet", [POLARIS | {"cand": f"cat {i}"} | changes for i in range(rows)]
+    )
+    return folder
+
+
+def test_embedded_pictures_are_written_once_and_read_back(tmp_path):
+    folder = tmp_path / "hub"
+    rows = [POLARIS | {"img": hub_image(i % 2)} for i in range(5)]
+    rows.append(POLARIS | {"img": {"bytes": picture(7, "WEBP"), "path": None}})
+    parquet(folder / "test.parquet", rows)
+    done = convert("polaris", folder, tmp_path / "out", allow_subset=True)
+    assert (done.written, done.pictures, done.with_pictures) == (6, 3, True)
+    found = load_records(tmp_path / "out", check_images=True).records
+    assert len({record.images for record in found}) == 3
+    assert decode_image(found[1].images[0]).getpixel((0, 0)) == (1, 0, 0)
+    assert found[5].images[0].suffix == ".webp"
+    again = convert("polaris", folder, tmp_path / "out", allow_subset=True)
+    assert str(again) == str(done)
+
+
+def test_pictures_beside_are_linked_wherever_the_folder_lies(tmp_path):
+    flickr_json(tmp_path / "s/flickr8k.json", [[1, 2, 3], [1, 1, 1]])
+    for name in ("im0.jpg", "im1.jpg"):
+        write(tmp_path / "Flicker8k_Dataset" / name, picture(1, "JPEG"))
+    done = convert(
+        "flickr8k-expert", tmp_path / "s", tmp_path / "out", images=tmp_path / "Flicker8k_Dataset", allow_subset=True
+    )
+    assert done.pictures == 2
+    (first, _) = load_records(tmp_path / "out", check_images=True).records
+    assert os.path.samefile(first.images[0], tmp_path / "Flicker8k_Dataset/im0.jpg")
+
+
+def test_pictures_are_copied_where_there_are_no_links(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError("no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    table(tmp_path / "s/data.csv", [{"image": "deep/a.png", "text": "x"}])
+    write(tmp_path / "s/a.png", picture(4))
+    convert("table", tmp_path / "s/data.csv", tmp_path / "out")
+    (record,) = load_records(tmp_path / "out").records
+    assert record.images[0].read_bytes() == picture(4)
+
+
+@pytest.mark.parametrize("name", ["../../secret.png", "a/../../secret.png", "", "x\0.png"])
+def test_names_that_leave_the_folder_are_rejected(tmp_path, name):
+    write(tmp_path / "secret.png", picture(1))
+    write(tmp_path / "s/set/mine.jsonl", json.dumps({"image": name, "text": "x"}) + "\n")
+    with pytest.raises(RecordsError, match="1 of 1 records rejected"):
+        convert("table", tmp_path / "s/set", tmp_path / "out")
+    assert not list((tmp_path / "out").glob("images/**/*.png"))
+
+
+def test_absolute_names_and_addresses_are_looked_up_by_their_last_part(tmp_path):
+    rows = [{"image": "/srv/data/a.png", "text": "x"}, {"image": "https://x.org/deep/a.png", "text": "y"}]
+    table(tmp_path / "s/mine.csv", rows)
+    write(tmp_path / "s/a.png", picture(1))
+    assert convert("table", tmp_path / "s", tmp_path / "out").pictures == 2
+
+
+def test_missing_pictures_are_counted_with_examples(tmp_path):
+    flickr_json(tmp_path / "s/flickr8k.json", [[1, 2, 3]] * 5)
+    write(tmp_path / "s/im0.jpg", picture(1))
+    message = r"4 of 5 pictures of Flickr8k-Expert are missing: Flickr8k_Dataset/im1.jpg, .* and 1 more.*--images=none"
+    with pytest.raises(SourceError, match=message):
+        convert("flickr8k-expert", tmp_path / "s", tmp_path / "out", allow_subset=True)
+    with pytest.raises(SourceError, match=r"--images=.*nowhere: no such folder"):
+        convert("flickr8k-expert", tmp_path / "s", tmp_path / "out", images=tmp_path / "nowhere")
+    done = convert("flickr8k-expert", tmp_path / "s", tmp_path / "out", allow_subset=True, max_rejected=0.8)
+    assert (done.written, done.rejected) == (1, 4)
+    assert done.reasons == {f"picture ... is not in {'...'}": 4}
+    assert "4 rejected" in str(done)
+
+
+def test_wrong_folders_say_what_they_are(tmp_path):
+    row = {"file_name": "x", "image": hub_image(1), "refs": ["r"], "mt": "m", "human_score": 0.5}
+    parquet(tmp_path / "nebula/data/test-0.parquet", [row])
+    with pytest.raises(SourceError, match=r"this is not Polaris\. Looked for \*\.parquet with cand, human_score.*"):
+        convert("polaris", tmp_path / "nebula", tmp_path / "out")
+    with pytest.raises(SourceError, match=r"It looks like Nebula\. There: data/test-0\.parquet"):
+        convert("polaris", tmp_path / "nebula", tmp_path / "out")
+    with pytest.raises(SourceError, match="no such file or folder"):
+        convert("polaris", tmp_path / "none", tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SourceError, match="There: no files"):
+        convert("polaris", tmp_path / "empty", tmp_path / "out")
+    with pytest.raises(SourceError, match="not known; did you mean 'polaris'"):
+        convert("polarsi", tmp_path / "nebula", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_columns_name_the_near_ones(tmp_path):
+    row = {"refs": ["a"], "cand": "x", "img": hub_image(1), "human_scores": 0.5}
+    parquet(tmp_path / "s/test.parquet", [row])
+    with pytest.raises(SourceError, match="has no column 'human_score'; did you mean 'human_scores'"):
+        convert("polaris", tmp_path / "s", tmp_path / "out")
+    write(tmp_path / "t/ExpertAnnotations.txt", "")
+    with pytest.raises(SourceError, match=r"Beside ExpertAnnotations.txt there is no Flickr8k.token.txt"):
+        convert("flickr8k-expert", tmp_path / "t", tmp_path / "out")
+
+
+def test_damaged_files(tmp_path):
+    path = polaris(tmp_path / "s") / "data/test-00000-of-00001.parquet"
+    content = bytearray(path.read_bytes())
+    content[4:200] = b"\0" * 196
+    path.write_bytes(bytes(content))
+    with pytest.raises(SourceError, match=r"(?s)(damaged|no Parquet).*download it again"):
+        convert("polaris", tmp_path / "s", tmp_path / "out")
+    assert json.loads((tmp_path / "out/dataset.json").read_text())["complete"] is False
+    with pytest.raises(SourceError, match="the conversion did not end; run the same `multitap convert` again"):
+        read_dataset_note(tmp_path / "out")
+    path.unlink()
+    polaris(tmp_path / "s")
+    assert convert("polaris", tmp_path / "s", tmp_path / "out", allow_subset=True).written == 3
+    write(tmp_path / "t/data.csv", "image,text\na.png\n")
+    with pytest.raises(SourceError, match="line 2 has not as many cells as the header"):
+        convert("table", tmp_path / "t", tmp_path / "out2")
+
+
+def test_rows_that_are_not_of_the_published_form(tmp_path):
+    pair = {"image": "a.jpg", "captions": ["one", "two"], "label": 1, "references": []}
+    write(tmp_path / "s/pascal.json", {"HC": [pair, {"image": "b.jpg"}]})
+    with pytest.raises(SourceError, match="what follows record 2 is not of the published form \\(no 'label'\\)"):
+        convert("pascal-50s", tmp_path / "s", tmp_path / "out", images="none")
+    flickr_json(tmp_path / "t/flickr8k.json", [[1, 2, "three"]])
+    with pytest.raises(SourceError, match="what follows record 0 .*could not convert string to float: 'three'"):
+        convert("flickr8k-expert", tmp_path / "t", tmp_path / "out2", images="none")
+
+
+def test_wrong_counts(tmp_path):
+    with pytest.raises(SourceError, match=r"3 records of Polaris \(test\), but 26,122 were published.*--allow_subset"):
+        convert("polaris", polaris(tmp_path / "s"), tmp_path / "out")
+
+
+def test_bytes_that_are_no_picture(tmp_path):
+    polaris(tmp_path / "s", img={"bytes": b"<html>", "path": None})
+    with pytest.raises(RecordsError, match=r"(?s)3 of 3 records rejected.*begins with b'<html>'"):
+        convert("polaris", tmp_path / "s", tmp_path / "out", allow_subset=True)
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    write(tmp_path / "out/thesis.txt", "years of work")
+    with pytest.raises(SourceError, match="holds something else than Polaris"):
+        convert("polaris", polaris(tmp_path / "s"), tmp_path / "out", allow_subset=True)
+    convert("polaris", tmp_path / "s", tmp_path / "out2", allow_subset=True)
+    with pytest.raises(SourceError, match=r"holds something else than Polaris \(all\)"):
+        convert("polaris", tmp_path / "s", tmp_path / "out2", split="all", allow_subset=True)
+
+
+def test_what_was_made_before_stays_until_the_new_is_whole(tmp_path):
+    convert("polaris", polaris(tmp_path / "s"), tmp_path / "out", allow_subset=True)
+    before = (tmp_path / "out/records.jsonl").read_bytes()
+    polaris(tmp_path / "s", rows=4)
+    with pytest.raises(SourceError, match="26,122 were published"):
+        convert("polaris", tmp_path / "s", tmp_path / "out")
+    assert (tmp_path / "out/records.jsonl").read_bytes() == before
+    assert read_dataset_note(tmp_path / "out")["records"] == 3
+    assert not list((tmp_path / "out").glob("*.partial"))
+    assert convert("polaris", tmp_path / "s", tmp_path / "out", allow_subset=True).written == 4
+
+
+def test_what_a_kill_left_is_made_whole(tmp_path):
+    class Killed(BaseException):
+        pass
+
+    def kill(rows):
+        if (tmp_path / "out/images").exists():
+            raise Killed
+
+    with pytest.raises(Killed):
+        convert("polaris", polaris(tmp_path / "s"), tmp_path / "out", allow_subset=True, advance=kill)
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert left == {".lock", "dataset.json", "images"}
+    write(tmp_path / "out/records.jsonl.partial", '{"id": "half')
+    (old,) = (tmp_path / "out/images").glob("*/*.png")
+    write(old.with_name(old.name + ".partial"), b"half")
+    old.write_bytes(b"torn")
+    done = convert("polaris", tmp_path / "s", tmp_path / "out", allow_subset=True)
+    assert (done.written, len(load_records(tmp_path / "out", check_images=True).records)) == (3, 3)
+
+
+def test_two_at_a_time_are_refused(tmp_path):
+    def again(rows):
+        convert("polaris", tmp_path / "s", tmp_path / "out", allow_subset=True)
+
+    with pytest.raises(FolderInUseError, match="another process is writing into it"):
+        convert("polaris", polaris(tmp_path / "s"), tmp_path / "out", allow_subset=True, advance=again)
+
+
+def test_an_output_inside_the_source_is_not_read(tmp_path):
+    write(tmp_path / "s/mine.jsonl", json.dumps({"image": "a.png", "text": "x"}) + "\n")
+    write(tmp_path / "s/a.png", picture(1))
+    for _ in range(2):
+        assert convert("table", tmp_path / "s", tmp_path / "s/out").written == 1
+
+
+def test_notes_of_others_are_none_of_ours(tmp_path):
+    assert read_dataset_note(tmp_path) is None
+    write(tmp_path / "dataset.json", {"name": "theirs"})
+    assert read_dataset_note(tmp_path) is None
+    write(tmp_path / "dataset.json", "{")
+    with pytest.raises(SourceError, match="damaged"):
+        read_dataset_note(tmp_path / "records.jsonl")
+
+
+def test_splits(tmp_path):
+    flickr_json(tmp_path / "s/flickr8k.json", [[1, 2, 3]])
+    with pytest.raises(SourceError, match="Flickr8k-Expert has one split, test; leave out --split=train"):
+        convert("flickr8k-expert", tmp_path / "s", tmp_path / "out", split="train", images="none")
+    for name in ("train", "test"):
+        write(tmp_path / f"t/{name}.jsonl", json.dumps({"id": name, "image": "a.png", "text": "x"}) + "\n")
+    for split, count in (("train", 1), (None, 2), ("all", 2)):
+        done = convert("table", tmp_path / "t", tmp_path / f"out-{split}", split=split, images="none")
+        assert done.written == count
+    with pytest.raises(SourceError, match=r"no file of the split 'tset'.*train \(1\)"):
+        convert("table", tmp_path / "t", tmp_path / "out", split="tset", images="none")
+
+
+def test_columns_are_for_tables(tmp_path):
+    with pytest.raises(SourceError, match="--columns is for --dataset=table"):
+        convert("polaris", polaris(tmp_path / "s"), tmp_path / "out", columns={"text": "cand"})
+
+
+def test_the_verb(tmp_path, capsys):
+    polaris(tmp_path / "s")
+    command = ["convert", "--dataset=polaris", f"--source={tmp_path / 's'}", f"--output={tmp_path / 'out'}"]
+    assert main([*command, "--allow-subset"]) == 0
+    assert "3 read, 3 written, 0 rejected; 1 pictures" in capsys.readouterr().out
+    assert main(command) == 1
+    assert "26,122 were published" in capsys.readouterr().err
+    table_of = ["convert", "--dataset=table", f"--source={tmp_path / 's'}", f"--output={tmp_path / 'out3'}"]
+    assert main([*table_of, "--columns=image=img,text=cand,score=human_score"]) == 0
+    assert load_records(tmp_path / "out3").records[0].score == 0.25
+    assert main([*table_of, "--columns=text"]) == 1
+    assert "'text' is not RECORD=FILE" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["convert", "--help"])
+    assert "polaris  Polaris (train 78,630, validation 26,268, test* 26,122)" in capsys.readouterr().out
