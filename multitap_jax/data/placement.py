@@ -108,7 +108,7 @@ def place(
       max_images: image tokens a row (I) where the backbone keeps images apart; None: as many as there is room for.
       cells: number of cells.
       bonds: a label of each group; groups of one label share a cell, whatever it costs. None: each stands for itself,
-        and may be cut between cells.
+        and may be cut between cells, unless its images are kept apart: then each cell would encode them anew.
 
     Raises:
       PackingError: for a pair longer than a row or an image larger than a vision row.
@@ -118,7 +118,8 @@ def place(
     load = [0] * cells
     bound: dict[Hashable, list[Piece]] = {}
     for number, piece in enumerate(pieces):
-        bound.setdefault(number if bonds is None else bonds[piece.group], []).append(piece)
+        whole = piece.group if max_images is not None else number
+        bound.setdefault(whole if bonds is None else bonds[piece.group], []).append(piece)
     size = lambda unit: sum(piece.length for piece in unit)
     by_size = lambda unit: (-size(unit), unit[0].group, unit[0].texts[0][0])
     for unit in sorted(bound.values(), key=by_size) if cells > 1 else bound.values():

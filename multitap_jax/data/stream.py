@@ -4,7 +4,7 @@ Pairs arrive in windows. In a window, pairs that share an image (by content) and
 order; each batch records which pairs of the window it holds, so results go back to their places.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,7 +57,8 @@ class StreamPacker:
       reader: decodes images.
       vision: vision facts of the backbone.
       hidden: hidden size of the decoder, for the choice of row lengths.
-      batch_tokens: about how many tokens a batch holds; bounds device memory.
+      batch_tokens: about how many tokens a batch holds; bounds device memory. Where the backbone keeps images apart
+        from the row, each of their patches counts as one.
       max_length: longest pair in tokens, image tokens included.
       truncate: cut longer texts instead of refusing them; None: they must not be cut.
       cells: data shards of the mesh.
@@ -180,7 +181,7 @@ class StreamPacker:
         known = {shape.tokens for shape in self.book.shapes}
         row_length = choose_row_length(groups, self._hidden, max(self.max_length, 4096), known, max_images)
         lookup = np.asarray([*usable, -1], np.int32)
-        for first, last in self._cuts(groups):
+        for first, last in self._cuts(groups, patches if layout.apart else {}):
             part = groups[first:last]
             cells = place(
                 part,
@@ -211,11 +212,12 @@ class StreamPacker:
             out.append((group._replace(texts=tuple(part)), prefix))
         return [g for g, _ in out], [p for _, p in out]
 
-    def _cuts(self, groups: Sequence[Group]) -> Iterator[tuple[int, int]]:
-        """Consecutive spans of groups of about `batch_tokens` tokens."""
+    def _cuts(self, groups: Sequence[Group], apart: Mapping[Hashable, int]) -> Iterator[tuple[int, int]]:
+        """Consecutive spans of groups of about `batch_tokens` tokens; `apart` has those of images outside of rows."""
         start = tokens = 0
         for index, group in enumerate(groups):
             size = group.prefix + sum(length for _, length in group.texts)
+            size += sum(apart.get(key, 0) for key in group.images)
             if tokens and tokens + size > self.batch_tokens:
                 yield start, index
                 start, tokens = index, 0

@@ -159,6 +159,7 @@ def scoring_workload(
     )
     group = len(blank.prefix) + assumed.pictures * (vision.layout.num_tokens(blank.grid) - 1)
     group += assumed.texts_per_image * assumed.text_tokens
+    group += assumed.pictures * vision.layout.num_patches(blank.grid) if vision.layout.apart else 0
     pairs = max(batch_tokens // group, 1) * assumed.texts_per_image
     window = packer.window([Pair(_names(pair // assumed.texts_per_image, assumed), "") for pair in range(pairs)])
     if window.errors[0] is not None:

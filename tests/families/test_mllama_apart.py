@@ -70,6 +70,17 @@ def test_a_picture_is_encoded_once(folder):
     assert batch.image_token.shape[1] == 2
 
 
+def test_pictures_out_of_the_row_count_when_a_batch_is_cut(folder):
+    """Else a batch of short texts holds a hundred pictures, and memory goes with pictures."""
+    pairs = [Pair((image,), f"a ball {n}") for image in (SMALL, WIDE, TALL) for n in range(2)]
+    contract = contract_of(folder, image_policy=POLICY)
+    (whole,) = batches(folder, pairs, contract, batch_tokens=16384)
+    patches = whole.patches.shape[1]
+    apart = batches(folder, pairs, contract, batch_tokens=patches + 60)
+    assert [int((batch.patch_segment.max(axis=1) > 0).sum()) for batch in apart] == [1, 1, 1]
+    assert sorted(int(i) for batch in apart for i in batch.record[batch.record >= 0]) == list(range(6))
+
+
 @pytest.mark.parametrize("setting", [{"layers": "loop"}, {"attention": "blockwise"}, {"attention": "chunked"}], ids=str)
 def test_execution_changes_no_value(folder, backbone, monkeypatch, setting):
     monkeypatch.setattr(attention, "BLOCK", 16)

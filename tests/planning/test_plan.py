@@ -105,6 +105,8 @@ def test_images_out_of_the_row_and_pairs_without_pictures_have_shapes_too():
         training_workload(config, *read_model("llama-3.2-vision-11b"), mesh, Assumptions()).batch.image_token.shape[1]
         == 1
     )
+    scoring = scoring_workload(config, *read_model("llama-3.2-vision-11b"), mesh, Assumptions(), 8 * 16384)
+    assert scoring.batch.patches.shape[0] * scoring.batch.patches.shape[1] <= 1.25 * 8 * 16384
     plain = scoring_workload(config, *read_model("qwen3-vl-4b"), mesh, Assumptions(pictures=0), 4096)
     assert plain.work.patches == 0
     with pytest.raises(ConfigError, match=r"an assumed pair cannot be scored: the text has 4000 tokens"):
