@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from multitap_jax import __version__
 from multitap_jax.display import TextTable
+from multitap_jax.parallel.host import hush_absent_tpu
 
 HERE = Path(__file__).parent
 PAGE = HERE / "README.md"
@@ -58,6 +59,7 @@ class Demo:
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """Flags of every experiment."""
+    hush_absent_tpu()
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--demo", type=Path, default=Path("demo_run"), help="what `make demo` wrote")
     made.add_argument("--output", type=Path, default=HERE / "results", help="where the figure and the numbers go")

@@ -11,6 +11,7 @@ usage: multitap VERB [--flag=value ...]        multitap VERB --help explains a v
   score      score millions of pairs, each exactly once, resumable
   evaluate   compare scores with human judgements: Kendall, Pearson, Spearman with intervals, or a benchmark's protocol
   compare    test whether one set of scores agrees with people better than another
+  report     the same as one HTML page: numbers, charts, pictures of the largest errors
   import     make a checkpoint of the official MULTI-TAP code into an artefact
   export     write an artefact in another layout (copy, heads alone, official, StableHLO program, vLLM)
 
@@ -38,7 +39,20 @@ from absl import flags
 from multitap_jax.parallel.host import hush_absent_tpu, keep_freed_memory
 from multitap_jax.verbs.common import explain, joined, left
 
-VERBS = ("demo", "convert", "plan", "train", "embed", "fit", "score", "evaluate", "compare", "import", "export")
+VERBS = (
+    "demo",
+    "convert",
+    "plan",
+    "train",
+    "embed",
+    "fit",
+    "score",
+    "evaluate",
+    "compare",
+    "report",
+    "import",
+    "export",
+)
 
 
 def _module(verb: str) -> Any:

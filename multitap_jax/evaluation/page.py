@@ -1,7 +1,7 @@
 """An evaluation as one self-contained HTML page: numbers, charts, pictures with the largest errors, the protocol."""
 
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -9,7 +9,9 @@ import numpy as np
 
 from multitap_jax import __version__
 from multitap_jax.data.records import Record, iter_records
+from multitap_jax.evaluation.benchmark import BenchmarkReport
 from multitap_jax.evaluation.correlation import Metrics, Statistic
+from multitap_jax.evaluation.protocols import Benchmark
 from multitap_jax.evaluation.report import NO_TARGET, EvaluationReport
 from multitap_jax.pages.charts import objectives_chart, scatter_chart
 from multitap_jax.pages.elements import (
@@ -28,6 +30,7 @@ from multitap_jax.pages.elements import (
     write_page,
 )
 
+TITLE = "How well do the scores agree with people?"
 CARDS, TEXTS = 6, 6  # pictures of a section, texts of a picture
 LISTED = 200  # ids of a kind that is left out; metrics.json has all
 _SECTIONS = {
@@ -43,11 +46,10 @@ def write_evaluation(
     scores_path: str | Path,
     records_path: str | Path,
     *,
-    title: str = "How well do the scores agree with people?",
-    more: Sequence[str] = (),
+    title: str = TITLE,
     allow_outside_root: bool = False,
 ) -> Path:
-    """Writes the page.
+    """Writes the page of an evaluation.
 
     Args:
       path: of the page; folders are made.
@@ -55,17 +57,19 @@ def write_evaluation(
       scores_path, records_path: what it was made of; the pictures of examples come from the records, and one that is
         not there is named in its place.
       title: of the page.
-      more: finished HTML that goes between the charts and the pictures, such as a benchmark's table.
       allow_outside_root: as in `load_records`.
     """
     rows = dict(report.objectives) if report.target == NO_TARGET else {"overall score": report.overall}
     rows |= report.objectives
+    items = iter_records(records_path, allow_outside_root=allow_outside_root, need_images=False)
+    records = (item for item in items if isinstance(item, Record))
+    points = dict(zip(report.ids, report.points.tolist(), strict=True))
     body = [
-        header("multitap report", title, f"{Path(scores_path).name} against {Path(records_path).name}."),
+        header("multitap report", title, _subject(scores_path, records_path)),
         _agreement(rows),
+        *_warnings(report.warnings),
         *_charts(report),
-        *more,
-        *_pictures(report, records_path, allow_outside_root),
+        *_pictures(points, records),
         "<h2>Protocol</h2>",
         paragraphs([report.protocol]),
         *_left_out(report),
@@ -73,6 +77,63 @@ def write_evaluation(
         facts(_facts(report, scores_path, records_path)),
     ]
     return write_page(path, title, body)
+
+
+def write_benchmark(
+    path: str | Path,
+    benchmark: Benchmark,
+    scores: np.ndarray,
+    report: BenchmarkReport,
+    scores_path: str | Path,
+    records_path: str | Path,
+    *,
+    title: str = TITLE,
+) -> Path:
+    """Writes the page of a benchmark: `report` is of these scores float64[N] of the benchmark's records.
+
+    Chart and pictures show both sides from their smallest number (0) to their largest (1); the statistic does not.
+    """
+    human = benchmark.human_means()
+    points = np.stack([_stretched(scores), _stretched(human)], axis=1)
+    known = dict(zip((record.id for record in benchmark.records), points.tolist(), strict=True))
+    rows = {report.statistic: report.value, **report.categories}
+    cells = [[escaped(spelled(name)), estimate(_interval(found))] for name, found in rows.items()]
+    others = [[escaped(name), f"<b>{value:.3f}</b>"] for name, value in report.others.items()]
+    words = "Each dot is a record; both sides from their smallest number, 0, to their largest, 1."
+    body = [
+        header("multitap report", title, f"{report.benchmark}: {_subject(scores_path, records_path)}"),
+        "<h2>Agreement</h2>" + table(["", "value, 95% interval"], cells + others, style="table lead-row"),
+        *_warnings(report.warnings),
+        "<section class=plots>" + figure(scatter_chart(points[:, 1], points[:, 0]), "Predicted against human", words),
+        "</section>",
+        *_pictures(known, benchmark.records),
+        "<h2>Protocol</h2>",
+        paragraphs(report.words().splitlines()),
+        "<h2>How it was made</h2>",
+        facts(
+            [
+                ("scores", str(scores_path)),
+                ("records", f"{records_path}, {report.n_records:,}"),
+                *((name.replace("_", " "), value) for name, value in report.conditions.items()),
+                ("versions", _versions()),
+            ]
+        ),
+    ]
+    return write_page(path, title, body)
+
+
+def _subject(scores_path: str | Path, records_path: str | Path) -> str:
+    return f"{Path(scores_path).name} against {Path(records_path).name}."
+
+
+def _stretched(values: np.ndarray) -> np.ndarray:
+    low, high = values.min(), values.max()
+    return (values - low) / (high - low) if high > low else np.full(len(values), 0.5)
+
+
+def _warnings(warnings: Sequence[str]) -> Iterator[str]:
+    for warning in warnings:
+        yield f"<p class=note>{escaped(warning)}</p>"
 
 
 def _interval(statistic: Statistic) -> Interval:
@@ -100,31 +161,26 @@ def _charts(report: EvaluationReport) -> Iterator[str]:
         yield figure(objectives_chart(rows), "Objectives", f"tau_c with people, {level} interval.")
 
 
-def _pictures(report: EvaluationReport, records_path: str | Path, allow_outside_root: bool) -> Iterator[str]:
-    """Sections of pictures, chosen by their texts' errors."""
-    if not report.ids:
-        return
-    error = dict(zip(report.ids, report.points[:, 0] - report.points[:, 1], strict=True))
-    points = dict(zip(report.ids, report.points.tolist(), strict=True))
-    items = iter_records(records_path, allow_outside_root=allow_outside_root, need_images=False)
+def _pictures(points: Mapping[str, Sequence[float]], records: Iterable[Record]) -> Iterator[str]:
+    """Sections of pictures, chosen by their texts' errors; `points` has (score, human score) of records by id."""
     pictures: dict[Path, list[Record]] = {}
-    for item in items:
-        if isinstance(item, Record) and item.id in error:
-            pictures.setdefault(item.images[0], []).append(item)
-    signed = {path: [error[record.id] for record in records] for path, records in pictures.items()}
+    for record in records:
+        if record.id in points:
+            pictures.setdefault(record.images[0], []).append(record)
+    errors = {path: [points[r.id][0] - points[r.id][1] for r in shown] for path, shown in pictures.items()}
     order = {
-        "Scored too high": sorted(signed, key=lambda path: -max(signed[path])),
-        "Scored too low": sorted(signed, key=lambda path: min(signed[path])),
-        "As people see it": sorted(signed, key=lambda path: float(np.mean(np.abs(signed[path])))),
+        "Scored too high": sorted(errors, key=lambda path: -max(errors[path])),
+        "Scored too low": sorted(errors, key=lambda path: min(errors[path])),
+        "As people see it": sorted(errors, key=lambda path: float(np.mean(np.abs(errors[path])))),
     }
-    for heading, words in _SECTIONS.items():
+    for heading, words in _SECTIONS.items() if pictures else ():
         chosen = order[heading][:CARDS]
-        yield gallery(heading, [_example(path, pictures[path], points, error) for path in chosen], words=words)
+        yield gallery(heading, [_example(path, pictures[path], points) for path in chosen], words=words)
 
 
-def _example(path: Path, records: Sequence[Record], points: dict[str, list[float]], error: dict[str, float]) -> Example:
+def _example(path: Path, records: Sequence[Record], points: Mapping[str, Sequence[float]]) -> Example:
     """A picture with the texts of largest error."""
-    shown = sorted(records, key=lambda record: -abs(error[record.id]))[:TEXTS]
+    shown = sorted(records, key=lambda record: -abs(points[record.id][0] - points[record.id][1]))[:TEXTS]
     return Example(path, [(record.text, points[record.id][1], points[record.id][0]) for record in shown])
 
 
@@ -142,4 +198,8 @@ def _facts(report: EvaluationReport, scores_path: str | Path, records_path: str 
     yield "cut texts", f"{report.truncated:,}"
     overall = report.overall
     yield "bootstrap", f"{overall.samples:,} samples of {overall.n_groups:,} whole groups"
-    yield "versions", f"multitap_jax {__version__}, jax {jax.__version__}, Python {platform.python_version()}"
+    yield "versions", _versions()
+
+
+def _versions() -> str:
+    return f"multitap_jax {__version__}, jax {jax.__version__}, Python {platform.python_version()}"

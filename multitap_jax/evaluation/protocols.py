@@ -223,6 +223,10 @@ class Benchmark:
             raise ProtocolError(f"{path}: no records in the file")
         return cls(protocol, records, allow_subset=allow_subset)
 
+    def human_means(self) -> np.ndarray:
+        """float64[N], what people said of each record, in the mean."""
+        return np.array([np.mean([_target(record, name) for name in self.protocol.human]) for record in self.records])
+
     def statistic(self, scores: np.ndarray) -> float:
         """The protocol's statistic; NaN where it is undefined (all scores equal)."""
         if self.protocol.statistic == "accuracy":

@@ -6,10 +6,14 @@ Scores (of `multitap score`, or anyone's JSONL with id and score) are joined wit
 is compared with --target; every objective that has a head and ratings is compared with its own ratings. Ratings from 1
 to 5 under the name realism, for instance, need --target=ratings.realism --target_range=1,5. The table has the
 correlations; --output gets plots and metrics.json with everything (Kendall tau_b and tau_c, Pearson, Spearman, accuracy
-X"""
+|prediction - target| <= 0.5, mean squared error, each with a bootstrap interval, ties, left-out records).
+
+With --benchmark=NAME the records are those that `multitap convert` wrote, and are counted by the protocol of that name.
+"""
 
 import re
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -17,11 +21,16 @@ from multitap_jax.verbs.common import benchmark_flags, input_flags, process_flag
 
 
 def define_flags(values: flags.FlagValues) -> None:
+    comparison_flags(values)
+    process_flags(values)
+    flags.DEFINE_string("output", None, "Folder for metrics.json and plots.", flag_values=values)
+
+
+def comparison_flags(values: flags.FlagValues) -> None:
+    """What is compared with what; `report` takes the same."""
     input_flags(values)
     benchmark_flags(values)
-    process_flags(values)
     flags.DEFINE_string("scores", None, "Scores (JSONL). Required.", flag_values=values)
-    flags.DEFINE_string("output", None, "Folder for metrics.json and plots.", flag_values=values)
     flags.DEFINE_string(
         "target",
         None,
@@ -58,12 +67,9 @@ def _run_benchmark(values: flags.FlagValues) -> int:
     from rich.console import Console
 
     from multitap_jax.evaluation.benchmark import evaluate_benchmark
-    from multitap_jax.evaluation.protocols import protocol_named
 
-    if values.target or values.target_range:
-        raise ValueError("--target and --target_range are for records of your own; a benchmark says what is compared")
     report = evaluate_benchmark(
-        protocol_named(values.benchmark, ties=values.ties),
+        chosen_protocol(values),
         values.input,
         values.scores,
         score_field=values.score_field,
@@ -78,9 +84,28 @@ def _run_benchmark(values: flags.FlagValues) -> int:
     return 0
 
 
+def chosen_protocol(values: flags.FlagValues) -> Any:
+    """The protocol of --benchmark. Raises ValueError where other flags say what is compared, too."""
+    from multitap_jax.evaluation.protocols import protocol_named
+
+    if values.target or values.target_range:
+        raise ValueError("--target and --target_range are for records of your own; a benchmark says what is compared")
+    return protocol_named(values.benchmark, ties=values.ties)
+
+
 def _run_records(values: flags.FlagValues) -> int:
     from rich.console import Console
 
+    report = compare(values)
+    Console().print(report.table())
+    if values.output:
+        report.save(values.output)
+        print(f"wrote {values.output}")
+    return 0
+
+
+def compare(values: flags.FlagValues) -> Any:
+    """The report of what the flags name. Raises ValueError where nothing, or too little, could be compared."""
     from multitap_jax.data.records import check_rejected_share
     from multitap_jax.evaluation.report import evaluate_files
 
@@ -100,11 +125,7 @@ def _run_records(values: flags.FlagValues) -> int:
             f"nothing to compare: no record of {values.input} has {what} and a usable line in {values.scores}; "
             "check --target and the ids"
         )
-    Console().print(report.table())
-    if values.output:
-        report.save(values.output)
-        print(f"wrote {values.output}")
-    return 0
+    return report
 
 
 def _range(text: str | None) -> tuple[float, float] | None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from multitap_jax import cli
 from multitap_jax.evaluation.page import write_evaluation
 from multitap_jax.evaluation.report import evaluate_files
 
@@ -71,6 +72,34 @@ def test_pages_are_the_same_each_time(page):
     report = evaluate_files(folder / "scores.jsonl", folder / "records.jsonl", bootstrap_samples=50)
     again = write_evaluation(folder / "again.html", report, folder / "scores.jsonl", folder / "records.jsonl")
     assert again.read_bytes() == page.read_bytes()
+
+
+def test_the_verb_writes_the_same_page(page):
+    folder = page.parent.parent
+    arguments = [f"--scores={folder / 'scores.jsonl'}", f"--input={folder / 'records.jsonl'}", "--bootstrap=50"]
+    assert cli.main(["report", *arguments, f"--output={folder / 'verb.html'}"]) == 0
+    assert (folder / "verb.html").read_bytes() == page.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["oid-star", "nebula"])
+def test_a_benchmark_has_its_page(tmp_path, name):
+    """An accuracy inside groups, and a correlation."""
+    lines, scores = [], []
+    for picture in range(8):
+        for text in range(2):
+            score = (picture * 3 + text * 5) % 7 / 7
+            record = {"id": f"{picture}/{text}", "image": f"{picture}.png", "text": f"<i>{text}</i>", "score": score}
+            lines.append(json.dumps(record | {"group": str(picture)}))
+            scores.append(json.dumps({"id": record["id"], "score": 10 * score + text}))
+    (tmp_path / "records.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "scores.jsonl").write_text("\n".join(scores) + "\n")
+    out = tmp_path / "page.html"
+    arguments = [f"--scores={tmp_path / 'scores.jsonl'}", f"--input={tmp_path / 'records.jsonl'}", "--bootstrap=50"]
+    assert cli.main(["report", *arguments, f"--benchmark={name}", "--allow_subset", f"--output={out}"]) == 0
+    text = re.sub(r"data:image[^\"]*", "", out.read_text(encoding="utf-8"))
+    for words in (name, "Scored too high", "&lt;i&gt;0&lt;/i&gt;", "not noted beside the scores", "0.png"):
+        assert words in text, words
+    assert ("NOT the published number" in text) == (name == "nebula")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
