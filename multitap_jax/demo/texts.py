@@ -211,7 +211,8 @@ def annotate(rule: dict[str, float], rng: np.random.Generator) -> dict[str, floa
 
 
 def vocabulary_sample() -> list[str]:
-    """Sentences with every word that texts can hold, for training a tokenizer."""
+    """Sentences with every word that texts can hold, for training a tokenizer; and answers, which become one token each
+    as whoever asks questions expects."""
     things = [
         Thing(side, depth, colour, shape, material, count)
         for side in SIDES
@@ -223,4 +224,5 @@ def vocabulary_sample() -> list[str]:
     ]
     # Two claims in a row teach the merges of words that follow a space, as all but the first word of a text do.
     claims = [f"{claim(thing)} {claim(thing)}" for thing in things]
-    return [*claims, *(f"{filler} {advice}" for filler in _FILLERS for advice in _ADVICE.values()), REQUEST]
+    advised = (f"{filler} {advice}" for filler in _FILLERS for advice in _ADVICE.values())
+    return [*claims, *advised, REQUEST, *("Yes", "No", "yes", "no") * 1000]
