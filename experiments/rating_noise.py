@@ -82,7 +82,7 @@ def learner(loss: Loss) -> Callable[[np.ndarray, np.ndarray, int], np.ndarray]:
     def learn(states: jax.Array, scores: jax.Array, seed: int) -> jax.Array:
         def step(carry, key):  # type: ignore[no-untyped-def]
             params, state = carry
-            batch = jax.random.choice(key, len(states), (SCENES,), replace=False)
+            batch = jax.random.choice(key, len(states), (min(SCENES, len(states)),), replace=False)
             objective = lambda p: loss(states[batch] @ p[0] + p[1], scores[batch])
             updates, state = optimizer.update(jax.grad(objective)(params), state, params)
             return (optax.apply_updates(params, updates), state), None
