@@ -71,6 +71,8 @@ def test_imagereward_has_466_prompts_and_6399_untied_pairs(published, tmp_path):
     benchmark = Benchmark.open(protocol_named("imagereward"), published / "imagereward")
     assert len({record.group for record in benchmark.records}) == 466
     assert (len(benchmark.records), len(benchmark.rows)) == (2720, 6399)
+    sizes = np.unique([record.group for record in benchmark.records], return_counts=True)[1]
+    assert (sizes * (sizes - 1) // 2).sum() - 6399 == 831  # ranked alike
     ranks = np.array([record.ratings["preference"] for record in benchmark.records])
     assert (benchmark.statistic(ranks), benchmark.statistic(-ranks)) == (1.0, 0.0)
 

@@ -99,8 +99,7 @@ def convert(
         raise SourceError(f"--images={missing[0]}: no such folder; give the folder of the pictures, or --images=none")
     with sole_writer(output):
         _check_folder(output, known, split)
-        note: dict[str, Any] = {"format_version": FORMAT_VERSION, "dataset": known.name, "split": split}
-        unfinished = json_bytes({**note, "complete": False})
+        unfinished = json_bytes({"dataset": known.name, "split": split, "complete": False})
         if not (output / DATASET_NAME).exists():
             write_atomic(output / DATASET_NAME, unfinished)
         pictures = Pictures(output, roots)
@@ -112,35 +111,23 @@ def convert(
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-        done = Conversion(
-            folder=output,
-            dataset=known.title,
-            split=split,
-            read=written + len(rejected),
-            written=written,
-            rejected=len(rejected),
-            pictures=pictures.files,
-            with_pictures=bool(roots),
-            reasons=dict(Counter(_kind(item.reason) for item in rejected).most_common(5)),
-        )
-        note |= {
-            "title": known.title,
-            "origin": known.origin,
-            "complete": True,
-            "records": written,
-            "rejected": len(rejected),
-            "published": known.counts.get(split),
-            "protocols": list(known.protocols),
-            "pictures": pictures.files if roots else NO_IMAGES,
-            "gives": known.gives,
-            "columns": dict(request.columns),
-            "sources": [_described(path, source) for path in _with_beside(layout, files)],
-        }
+        note = _note(known, request, pictures, written, len(rejected))
+        note["sources"] = [_described(path, source) for path in _with_beside(layout, files)]
         # What was there before, made by the same command, is whole until here.
         write_atomic(output / DATASET_NAME, unfinished)
         os.replace(partial, output / RECORDS_NAME)
         write_atomic(output / DATASET_NAME, json_bytes(note))
-    return done
+    return Conversion(
+        folder=output,
+        dataset=known.title,
+        split=split,
+        read=written + len(rejected),
+        written=written,
+        rejected=len(rejected),
+        pictures=pictures.files,
+        with_pictures=bool(roots),
+        reasons=dict(Counter(_kind(item.reason) for item in rejected).most_common(5)),
+    )
 
 
 def read_dataset_note(folder: str | Path) -> dict[str, Any] | None:
@@ -266,6 +253,25 @@ def _check(
             f"{source}: {written + len(rejected):,} records of {dataset.title} ({split}), but {published:,} were "
             "published: files are missing, or are of another version. --allow_subset=True takes what is there"
         )
+
+
+def _note(dataset: Dataset, request: Request, pictures: Pictures, written: int, rejected: int) -> dict[str, Any]:
+    """The content of dataset.json, but for the source files."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "dataset": dataset.name,
+        "split": request.split,
+        "complete": True,
+        "title": dataset.title,
+        "origin": dataset.origin,
+        "gives": dataset.gives,
+        "protocols": list(dataset.protocols),
+        "records": written,
+        "rejected": rejected,
+        "published": dataset.counts.get(request.split),
+        "pictures": pictures.files if pictures.roots else NO_IMAGES,
+        "columns": dict(request.columns),
+    }
 
 
 def _with_beside(layout: Layout, files: Sequence[Path]) -> Iterator[Path]:
