@@ -5,11 +5,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from multitap_jax.parallel.distributed import sum_over_processes
 from multitap_jax.stage2 import heldout, solve, systems
 from multitap_jax.stage2.accumulator import Accumulator
 from multitap_jax.stage2.certificate import correction_error, prediction_error
+from multitap_jax.stage2.passes import training_scores
 from multitap_jax.stage2.refine import TOLERANCE, refine
-from multitap_jax.stage2.rows import DataError, Rows
+from multitap_jax.stage2.rows import DataError, Rows, weights_of
+from multitap_jax.stage2.spectrum import Path
 from multitap_jax.stage2.systems import System
 from multitap_jax.stage2.uncertainty import Posterior
 
@@ -17,6 +20,7 @@ REFINE_ABOVE = (
     1e-5  # expected error of the predictions, in deviations of the labels; the true one is several times less
 )
 NOTE_ABOVE = 1e-4
+REREAD_ABOVE = 1e-5  # share of a training error that rounding may have moved it by
 Replay = Callable[[], Iterable[Rows]]
 
 
@@ -153,21 +157,44 @@ def _criterion(
         elif settings.criterion in ("loo", "logo"):
             mse[:, which] = heldout.single_errors(system, data, settings, own, replay, name) / system.weight
         elif settings.criterion == "gcv":
-            rss, error, path = system.residual_energy(own, data.precision)
+            rss, error, path = _training_errors(system, data, settings, own, replay)
             n = system.num_rows
             mse[:, which] = solve.gcv(path, rss, n, settings.fit_intercept) / (system.weight / n)
             doubt[:, which] = solve.gcv(path, error, n, settings.fit_intercept) / (system.weight / n)
             freedom = max(n - int(settings.fit_intercept), 1)
             reference[which] *= n**2 / freedom**2  # GCV of the best constant
         else:
-            path = system.factor.path(own)
-            mse[:, which] = solve.residual_energy(path, system.label_energy, own) / system.weight
+            rss, *_ = _training_errors(system, data, settings, own, replay)
+            # It falls with alpha: what rounding adds is no reason to take a larger one.
+            mse[:, which] = np.minimum.accumulate(rss[::-1])[::-1] / system.weight
         if not np.isfinite(mse[:, which]).any(0).all():
             raise DataError(
                 f"objective {name}: {system.num_rows} rows, and no alpha has a usable score by {settings.criterion}; "
                 "give larger alphas, more rows, or another cv"
             )
     return Criterion(mse, doubt, reference, fold_mse)
+
+
+def _training_errors(
+    system: System, data: Accumulator, settings: Settings, alphas: np.ndarray, replay: Replay | None
+) -> tuple[np.ndarray, np.ndarray, Path]:
+    """`System.residual_energy`, and from the rows themselves where sums leave it in doubt and they can be read again.
+
+    As a difference of sums it has their rounding: with features that nearly cancel, the terms are thousands of times
+    what is left. Errors of predictions have no such trouble, and their products with the rows say how far the
+    coefficients are from the solution; the error there follows. What is left is far less than that correction.
+    """
+    rss, doubt, path = system.residual_energy(alphas, data.precision)
+    if replay is None or not (doubt > REREAD_ABOVE * rss).any():
+        return rss, doubt, path
+    weighted = (rows._replace(weight=weights_of(rows, settings.source_weights)) for rows in replay())
+    coef, columns = system.coefficient_table(alphas).reshape(rss.size, -1), settings.targets[system.targets]
+    sums = training_scores(coef, system.mean, system.scale, system.label_mean, weighted, columns)
+    sums, alpha = sum_over_processes(sums, data.shared), np.repeat(alphas, len(columns))
+    residual = sums[:, :-1] - alpha[:, None] * coef
+    step = system.factor.inverse(residual, alpha)
+    moved = np.sum(step * (residual + alpha[:, None] * (2.0 * coef + step)), axis=1)
+    return np.maximum(sums[:, -1] - moved, 0.0).reshape(rss.shape), np.abs(moved).reshape(rss.shape), path
 
 
 def _notes(

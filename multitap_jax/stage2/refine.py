@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from multitap_jax.parallel.distributed import sum_over_processes
-from multitap_jax.stage2.rows import Rows
+from multitap_jax.stage2.rows import Rows, weights_of
 
 TOLERANCE = 1e-7  # error of the predictions, in standard deviations of the labels
 BLOCK_ROWS = 512  # rows in float64 at a time: they stay in the cache
@@ -96,10 +96,3 @@ def refine(
         coef, residual = coef + length[:, None] * direction, residual - length[:, None] * product
         previous = np.where(decrease > 0, decrease, 1.0)
     return Refined(coef, passes, error)
-
-
-def weights_of(rows: Rows, source_weights: Mapping[str, float]) -> np.ndarray:
-    """Sample weights float64[n] times those of the sources."""
-    if not source_weights:
-        return rows.weight
-    return rows.weight * np.array([source_weights.get(source, 1.0) for source in rows.source.tolist()])

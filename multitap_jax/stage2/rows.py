@@ -1,7 +1,7 @@
 """Rows on their way in: checked, given a group and a fold by hash, whatever machine and order they come in."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -51,6 +51,13 @@ class Rows(NamedTuple):
 def concatenate(parts: Sequence[Rows]) -> Rows:
     """The rows of all parts, in order."""
     return parts[0] if len(parts) == 1 else Rows(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+def weights_of(rows: Rows, source_weights: Mapping[str, float]) -> np.ndarray:
+    """Sample weights float64[n] times those of the sources."""
+    if not source_weights:
+        return rows.weight
+    return rows.weight * np.array([source_weights.get(source, 1.0) for source in rows.source.tolist()])
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:
