@@ -5,7 +5,7 @@ rows.py         checked rows, their groups and folds
 moments.py      Moments: mergeable sums on a device;  sharded.py: on a mesh, and over processes
 statistics.py   the same sums on the host, in float64
 accumulator.py  a stream of rows -> buckets;  persist.py saves, loads and merges them
-spectrum.py     three factorisations;  systems.py: which objectives share one
+spectrum.py     three factorisations;  threads.py: on how many threads;  systems.py: which objectives share one
 solve.py        scores and the choice of alpha;  kfold.py, leave_out.py, heldout.py: rows not seen
 certificate.py  what float32 may have cost;  refine.py: passes that take it out again
 passes.py       errors at every alpha by another pass over the rows
