@@ -9,7 +9,7 @@ spectrum.py     three factorisations;  threads.py: on how many threads;  systems
 solve.py        scores and the choice of alpha;  kfold.py, leave_out.py, heldout.py: rows not seen
 certificate.py  what float32 may have cost;  refine.py: passes that take it out again
 passes.py       errors at every alpha by another pass over the rows
-fitting.py      all of it in order
+final.py        the heads at the chosen alphas;  fitting.py: all of it in order
 head.py         RidgeHead, what users see; fitted.py: what needs no rows; uncertainty.py, plots.py
 head_params.py  its parameters;  head_files.py: it on disk;  head_tables.py: its tables and scores
 """

@@ -111,6 +111,7 @@ class Accumulator:
         if self._shifts is not None:
             return None
         rows = concatenate(self._kept)
+        self._kept = [rows]
         return rows if rows.x.dtype == np.float64 else rows._replace(x=rows.x.astype(np.float32, copy=False))
 
     def restore(

@@ -8,18 +8,14 @@ import numpy as np
 from multitap_jax.parallel.distributed import sum_over_processes
 from multitap_jax.stage2 import heldout, solve, systems
 from multitap_jax.stage2.accumulator import Accumulator
-from multitap_jax.stage2.certificate import correction_error, prediction_error
+from multitap_jax.stage2.final import final_heads
 from multitap_jax.stage2.passes import training_scores
-from multitap_jax.stage2.refine import TOLERANCE, refine
+from multitap_jax.stage2.refine import Again
 from multitap_jax.stage2.rows import DataError, Rows, weights_of
 from multitap_jax.stage2.spectrum import Path
 from multitap_jax.stage2.systems import System
 from multitap_jax.stage2.uncertainty import Posterior
 
-REFINE_ABOVE = (
-    1e-5  # expected error of the predictions, in deviations of the labels; the true one is several times less
-)
-NOTE_ABOVE = 1e-4
 REREAD_ABOVE = 1e-5  # share of a training error that rounding may have moved it by
 Replay = Callable[[], Iterable[Rows]]
 
@@ -97,7 +93,10 @@ def fit_heads(data: Accumulator, settings: Settings, names: Sequence[str], repla
     best = solve.choose(criterion.mse + criterion.doubt, criterion.reference, settings.alpha_per_target)
     alpha = np.take_along_axis(alphas, best[None, :], axis=0)[0]
     notes = _notes(names, alpha, best, flat, criterion.mse, settings.criterion)
-    coef, intercept = _solve(every, data, settings, alpha, flat, replay, names, notes)
+    again = None
+    if replay is not None and data.kept is None:
+        again = Again(replay, settings.targets, settings.source_weights, data.shared)
+    coef, intercept, more = final_heads(every, data, settings, alpha, flat, again, names)
     results = {
         "alphas": alphas,
         "mse": criterion.mse,
@@ -117,7 +116,7 @@ def fit_heads(data: Accumulator, settings: Settings, names: Sequence[str], repla
     posteriors = [
         Posterior.of(system, alpha[system.targets], settings.fit_intercept, data.precision) for system in every
     ]
-    return HeadFit(coef, intercept, alpha, results, held_out, observed, posteriors, notes)
+    return HeadFit(coef, intercept, alpha, results, held_out, observed, posteriors, notes + more)
 
 
 def _alpha_table(every: list[System], num_features: int, settings: Settings) -> np.ndarray:
@@ -210,85 +209,3 @@ def _notes(
                 f"{names[i]}: alpha {alpha[i]:.3g} is at the {'lower' if best[i] < len(mse) - 1 else 'upper'} edge"
             )
     return notes
-
-
-def _solve(
-    every: list[System],
-    data: Accumulator,
-    settings: Settings,
-    alpha: np.ndarray,
-    flat: np.ndarray,
-    replay: Replay | None,
-    names: Sequence[str],
-    notes: list[str],
-) -> tuple[np.ndarray, np.ndarray]:
-    """(coef float32[T, H], intercept float64[T]) at the chosen alphas; refined where float32 statistics fell short."""
-    shape = len(alpha), data.num_features
-    coef, mean, scale = np.zeros(shape), np.zeros(shape), np.ones(shape)
-    label_mean, energy, expected = np.zeros(len(alpha)), np.zeros(len(alpha)), np.zeros(len(alpha))
-
-    def certified(rule: Callable[..., np.ndarray], system: System, value: np.ndarray) -> np.ndarray:
-        """`prediction_error` or `correction_error` of `value` [t, H] of a system; without sums there is none."""
-        if system.total is None:
-            return np.zeros(len(value))
-        values = np.zeros(data.num_features)
-        values[: len(system.factor.values)] = system.factor.values
-        return rule(data.precision, system.total, values, value, alpha[system.targets], system.label_energy)
-
-    for system in every:
-        which = system.targets
-        if settings.solver == "device" and system.total is not None:
-            own = solve.solve_on_device(system.total, alpha[which], settings.fit_intercept)
-        else:
-            own = system.factor.coefficients(alpha[which])
-        coef[which], mean[which], scale[which] = own, system.mean[None, :], system.scale[None, :]
-        label_mean[which] = system.label_mean
-        energy[which] = 0.0 if system.total is None else system.label_energy  # solved from rows: nothing to refine
-        expected[which] = certified(prediction_error, system, own)
-    coef[flat], energy[flat], expected[flat] = 0.0, 0.0, 0.0
-    if settings.solver == "device" and any(system.total is None for system in every):
-        notes.append("few rows: solved exactly on the host")
-    passes_allowed = settings.refine is not False and data.kept is None and replay is not None
-    if passes_allowed and (settings.refine is True or (expected > REFINE_ABOVE).any()):
-        assert replay is not None
-
-        def precondition(residual: np.ndarray) -> np.ndarray:
-            out = np.empty_like(residual)
-            for system in every:
-                out[system.targets] = system.factor.inverse(residual[system.targets], alpha[system.targets])
-            return out
-
-        def left_after(step: np.ndarray) -> np.ndarray:
-            out = np.empty(len(step))
-            for system in every:
-                out[system.targets] = certified(correction_error, system, step[system.targets])
-            return out
-
-        settled = refine(
-            replay,
-            precondition,
-            coef,
-            alpha,
-            mean,
-            scale,
-            label_mean,
-            energy,
-            settings.targets,
-            settings.source_weights,
-            left_after,
-            data.shared,
-        )
-        coef = settled.coef
-        for i in np.flatnonzero(settled.error > 100 * TOLERANCE).tolist():
-            notes.append(
-                f"{names[i]}: alpha {alpha[i]:.3g} is too small to solve fully; error left: {settled.error[i]:.0e}"
-            )
-    else:
-        for i in np.flatnonzero(expected > NOTE_ABOVE).tolist():
-            notes.append(
-                f"{names[i]}: alpha {alpha[i]:.3g} is small for a single float32 pass (expected error "
-                f"{expected[i]:.0e}); fit a store instead"
-            )
-    # What is saved is what predicts: the intercept makes up for the rounding to float32.
-    rounded = (coef / scale).astype(np.float32)
-    return rounded, label_mean - np.sum(mean * scale * rounded, axis=1)
