@@ -13,7 +13,8 @@ import numpy as np
 
 from multitap_jax.stage2 import spectrum
 from multitap_jax.stage2 import statistics as st
-from multitap_jax.stage2.accumulator import Accumulator, Key
+from multitap_jax.stage2.accumulator import Accumulator
+from multitap_jax.stage2.buckets import Key
 from multitap_jax.stage2.certificate import Precision, residual_error, varies
 from multitap_jax.stage2.leave_out import Basis
 from multitap_jax.stage2.rows import DataError, Rows, concatenate, weights_of
