@@ -4,11 +4,13 @@ store_format.py embeddings on disk, checksummed and resumable; store_writer.py E
 rows.py         checked rows, their groups and folds
 moments.py      Moments: mergeable sums on a device;  sharded.py: on a mesh, and over processes
 statistics.py   the same sums on the host, in float64
-accumulator.py  a stream of rows -> buckets;  persist.py saves, loads and merges them
-spectrum.py     three factorisations;  systems.py: which objectives share one
+accumulator.py  a stream of rows, kept while they are few;  buckets.py: sums of many
+persist.py      saves, loads and merges them
+spectrum.py     three factorisations;  threads.py: on how many threads;  systems.py: which objectives share one
 solve.py        scores and the choice of alpha;  kfold.py, leave_out.py, heldout.py: rows not seen
 certificate.py  what float32 may have cost;  refine.py: passes that take it out again
-fitting.py      all of it in order
+passes.py       errors at every alpha by another pass over the rows
+final.py        the heads at the chosen alphas;  fitting.py: all of it in order
 head.py         RidgeHead, what users see; fitted.py: what needs no rows; uncertainty.py, plots.py
 head_params.py  its parameters;  head_files.py: it on disk;  head_tables.py: its tables and scores
 """

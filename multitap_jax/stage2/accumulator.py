@@ -1,21 +1,18 @@
 """From a stream of rows to sums: what a fit needs to know, in memory that does not grow with the rows.
 
-Rows go in fixed chunks to the bucket of their source, of the objectives they are rated on, and of their fold. Missing
-labels are thereby exact: an objective uses the buckets that observe it.
-
 While the rows are few (not more than features, or a thousand) they are simply kept, and if the stream ends there they
-are solved exactly in float64 without a device, in the dual form where they are fewer than the features (dual.py).
+are solved exactly in float64 without a device, in the dual form where they are fewer than the features. More of them
+are summed (buckets.py).
 """
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from multitap_jax.stage2 import moments as mm
 from multitap_jax.stage2 import statistics as st
+from multitap_jax.stage2.buckets import Buckets, Key
 from multitap_jax.stage2.certificate import Precision
 from multitap_jax.stage2.rows import DataError, Rows, check_squares, concatenate
 from multitap_jax.stage2.sharded import OneDevice, OnMesh
@@ -23,15 +20,6 @@ from multitap_jax.stage2.statistics import Statistics
 
 CHUNK_ROWS = 2048
 SHIFT_ROWS = 1024
-Subset = tuple[bool, ...]
-
-
-class Key(NamedTuple):
-    """A bucket: rows of one source, rated on `subset` of the objectives (or counted for it), in one fold."""
-
-    source: str
-    subset: Subset
-    fold: int
 
 
 class Labels(NamedTuple):
@@ -42,6 +30,17 @@ class Labels(NamedTuple):
     low: np.ndarray
     high: np.ndarray
 
+    @classmethod
+    def of(cls, y: np.ndarray, num_rows: int) -> "Labels":
+        """Of y [n, T], which are what is rated of so many rows."""
+        low = np.fmin.reduce(y, axis=0, initial=np.inf)
+        return cls(num_rows, (~np.isnan(y)).sum(0), low, np.fmax.reduce(y, axis=0, initial=-np.inf))
+
+    def joined(self, other: "Labels") -> "Labels":
+        """Of both."""
+        low, high = np.fmin(self.low, other.low), np.fmax(self.high, other.high)
+        return Labels(self.num_rows + other.num_rows, self.observed + other.observed, low, high)
+
 
 class Accumulator:
     """Collects rows: `add` them; `merge` others; then `fitting.fit_heads` solves.
@@ -50,7 +49,7 @@ class Accumulator:
       folds: cross-validation folds, 1 for none.
       seed: of the fold hash; kept so that merged parts agree.
       keep_rows: rows that are kept and solved exactly; None: the number of features, at least `SHIFT_ROWS`.
-      chunk_rows: rows a device and update; what is left in the end goes in quarters if two of them hold it.
+      chunk_rows: of the buckets.
       mesh: devices to sum on; None: the default device.
       count_groups: whether leave-one-group-out will need the size of every group (16 bytes or so a group).
     """
@@ -66,20 +65,13 @@ class Accumulator:
         count_groups: bool = False,
     ) -> None:
         self.folds, self.seed = folds, seed
-        self._keep_rows = keep_rows
+        self._keep_rows, self._chunk_rows, self._count_groups = keep_rows, chunk_rows, count_groups
         self._device = OneDevice() if mesh is None else OnMesh(mesh)
-        self._chunk_rows = chunk_rows * self._device.row_shards
-        self._rest_rows = max(chunk_rows // 4, 1) * self._device.row_shards
         self._kept: list[Rows] = []
-        self._shifts: tuple[np.ndarray, np.ndarray] | None = None  # set when rows are no longer kept
-        self._sums: dict[Key, mm.Moments] = {}
-        self._merged: dict[Key, Statistics] = {}
-        self._pending: dict[Key, list[Rows]] = {}
-        self._in_flight: jax.Array | None = None
+        self._buckets: Buckets | None = None  # where rows go when they are no longer kept
+        self._merged: dict[Key, Statistics] = {}  # what others summed
         self._labels: Labels | None = None
-        self.precision = Precision()
         self.group_sizes: dict[int, int] = {}
-        self._count_groups = count_groups
         self.shared = False  # whether other processes hold other rows of the same fit (persist.gather)
 
     # ---- what is known ----
@@ -103,14 +95,20 @@ class Accumulator:
     @property
     def num_features(self) -> int:
         """H."""
-        return self._kept[0].x.shape[1] if self._shifts is None else len(self._shifts[0])
+        return self._kept[0].x.shape[1] if self._buckets is None else len(self._buckets.shift)
+
+    @property
+    def precision(self) -> Precision:
+        """That of the sums."""
+        return Precision() if self._buckets is None else self._buckets.precision
 
     @property
     def kept(self) -> Rows | None:
         """All rows, where they are still kept; x float32 or float64."""
-        if self._shifts is not None:
+        if self._buckets is not None:
             return None
         rows = concatenate(self._kept)
+        self._kept = [rows]
         return rows if rows.x.dtype == np.float64 else rows._replace(x=rows.x.astype(np.float32, copy=False))
 
     def restore(
@@ -128,8 +126,8 @@ class Accumulator:
             self._kept = [rows]
         else:
             assert stats is not None
-            self._merged, self._shifts = stats, _origin(next(iter(stats.values())))
-            self.precision = precision or Precision()
+            self._merged = stats
+            self._open(*_origin(next(iter(stats.values()))), precision or Precision())
 
     # ---- rows in ----
 
@@ -146,18 +144,26 @@ class Accumulator:
         says_something = (rows.weight > 0) & ~np.isnan(rows.y).all(1)
         total = len(rows.x)
         if self._count_groups:
-            for group, count in zip(*np.unique(rows.group, return_counts=True), strict=True):
-                self.group_sizes[int(group)] = self.group_sizes.get(int(group), 0) + int(count)
+            groups, counts = np.unique(rows.group, return_counts=True)
+            self._count(dict(zip(groups.tolist(), counts.tolist(), strict=True)))
         if not says_something.all():
             rows = rows.take(says_something)
-        self._labels = _joined_labels(self._labels, _labels_of(rows, total))
-        if self._shifts is not None:
-            self._route(rows)
+        self._know(Labels.of(rows.y, total))
+        self._take(rows)
+
+    def _count(self, sizes: Mapping[int, int]) -> None:
+        for group, count in sizes.items():
+            self.group_sizes[group] = self.group_sizes.get(group, 0) + count
+
+    def _know(self, labels: Labels) -> None:
+        self._labels = labels if self._labels is None else self._labels.joined(labels)
+
+    def _take(self, rows: Rows) -> None:
+        """Keeps the rows, or sums them: all of them once they are many."""
+        if self._buckets is not None:
+            self._buckets.add(rows)
             return
         self._kept.append(rows)
-        self._spill_if_many()
-
-    def _spill_if_many(self) -> None:
         limit = max(self.num_features, SHIFT_ROWS) if self._keep_rows is None else self._keep_rows
         if sum(len(part.x) for part in self._kept) > limit:
             self._spill()
@@ -166,120 +172,28 @@ class Accumulator:
         rows, self._kept = concatenate(self._kept), []
         labels = rows.y[:SHIFT_ROWS]
         label_shift = np.nansum(labels, 0) / np.maximum((~np.isnan(labels)).sum(0), 1)
-        shift = rows.x[:SHIFT_ROWS].mean(0, dtype=np.float64).astype(np.float32)  # as the device has it
-        self._shifts = shift.astype(np.float64), label_shift
-        check_squares(rows.take(slice(SHIFT_ROWS)), *self._shifts)
-        self._route(rows)
+        shift = (
+            rows.x[:SHIFT_ROWS].mean(0, dtype=np.float64).astype(np.float32).astype(np.float64)
+        )  # as the device has it
+        check_squares(rows.take(slice(SHIFT_ROWS)), shift, label_shift)
+        self._open(shift, label_shift, Precision()).add(rows)
 
-    def _route(self, rows: Rows) -> None:
-        """Queues the rows by bucket, and sends what fills a chunk."""
-        if not len(rows.x):
-            return
-        seen = ~np.isnan(rows.y)
-        patterns, which = (seen[:1], np.zeros(len(seen), np.int64)) if seen.all() else _distinct(seen)
-        for source in np.unique(rows.source).tolist():
-            for fold in range(self.folds):
-                here = (rows.source == source) & (rows.fold == fold)
-                for index, pattern in enumerate(patterns):
-                    chosen = np.flatnonzero(here & (which == index))
-                    if not len(chosen):
-                        continue
-                    part = rows if len(chosen) == len(rows.x) else rows.take(chosen)
-                    for subset in self._subsets_for(source, tuple(pattern.tolist())):
-                        key = Key(source, subset, fold)
-                        queue = self._pending.setdefault(key, [])
-                        queue.append(part)
-                        if sum(len(waiting.x) for waiting in queue) >= self._chunk_rows:
-                            self._flush(key)
-
-    def _subsets_for(self, source: str, pattern: Subset) -> list[Subset]:
-        """The subsets whose sums count a row of this pattern.
-
-        One subset a pattern costs each row one update. With more patterns than objectives (labels missing at random)
-        there is one subset an objective instead, and a row costs an update an objective: memory stays bounded.
-        """
-        single = [tuple(row) for row in np.eye(len(pattern), dtype=bool).tolist()]
-        present = {key.subset for key in (*self._sums, *self._pending) if key.source == source}
-        alone = len(present) >= len(pattern) and present <= set(single)
-        if not alone and pattern not in present and len(present) >= len(pattern):
-            self._regroup(source, single)
-            alone = True
-        return [subset for subset, rated in zip(single, pattern, strict=True) if rated] if alone else [pattern]
-
-    def _regroup(self, source: str, subsets: Sequence[Subset]) -> None:
-        """From one subset a pattern to one an objective: each takes the sums of the patterns that have it."""
-        self.flush()
-        old = {key: self._sums.pop(key) for key in list(self._sums) if key.source == source}
-        for target, subset in enumerate(subsets):
-            for fold in range(self.folds):
-                parts = [sums for key, sums in old.items() if key.subset[target] and key.fold == fold]
-                self._sums[Key(source, subset, fold)] = functools.reduce(mm.merge, parts, self._empty())
-
-    def _empty(self) -> mm.Moments:
-        """Without a shift of the labels: those are few, and shifted here in float64."""
-        assert self._shifts is not None
-        shift, label_shift = self._shifts
-        return self._device.init(len(shift), len(label_shift), shift, np.zeros_like(label_shift))
-
-    def _chunk(self, rows: Rows) -> list[np.ndarray]:
-        """x, labels and weights as the device takes them; float64 less the shift before it is rounded."""
-        assert self._shifts is not None
-        shift, label_shift = self._shifts
-        x = (rows.x - shift[None, :]).astype(np.float32) if rows.x.dtype == np.float64 else rows.x
-        return [x, (rows.y - label_shift[None, :]).astype(np.float32), rows.weight.astype(np.float32)]
-
-    def _flush(self, key: Key, whole: bool = False) -> None:
-        rows = concatenate(self._pending.pop(key))
-        size, start = self._chunk_rows, 0
-        while start < len(rows.x) and (whole or len(rows.x) - start >= size):
-            if len(rows.x) - start <= 2 * self._rest_rows:
-                size = self._rest_rows  # many buckets end in a part of a chunk; two shapes compile, no more
-            part = rows.take(slice(start, start + size))
-            chunk = self._chunk(part)
-            spare = size - len(part.x)
-            if spare:
-                chunk = [np.pad(column, ((0, spare),) + ((0, 0),) * (column.ndim - 1)) for column in chunk]
-            fresh = key not in self._sums
-            before = self._empty() if fresh else self._sums.pop(key)
-            # One chunk at a time is summed while the next is prepared: chunks that wait are memory.
-            jax.block_until_ready(self._in_flight)
-            shift = before.shift
-            # Donated with the rest, so a copy: the sums of chunks with and without float64 rows are about one origin.
-            given = before._replace(shift=shift * 0.0) if part.x.dtype == np.float64 else before
-            sums = self._device.update(given, *chunk)
-            self._in_flight = sums.num_rows
-            if fresh and not self.precision.chunks:
-                self.precision = self.precision.probe(self._device.finalize(sums), *chunk)
-            self._sums[key] = sums._replace(shift=shift) if given is not before else sums
-            start += size
-        if start < len(rows.x):
-            self._pending[key] = [rows.take(slice(start, None))]
-
-    def flush(self) -> None:
-        """Sends what waits to fill a chunk."""
-        for key in list(self._pending):
-            self._flush(key, whole=True)
+    def _open(self, shift: np.ndarray, label_shift: np.ndarray, precision: Precision) -> Buckets:
+        """From here on rows are summed, about these rough means."""
+        self._buckets = Buckets(self.folds, shift, label_shift, self._device, self._chunk_rows, precision)
+        return self._buckets
 
     # ---- sums out ----
 
     def settle(self) -> None:
         """Says that no more rows follow: the sums become statistics for good, one by one, and leave the device."""
-        if self._shifts is not None:
+        if self._buckets is not None:
             self._merged = self.statistics(last=True)
 
     def statistics(self, last: bool = False) -> dict[Key, Statistics]:
         """The sums of every bucket, about one origin (`kept` is None). Unless `last`, more rows may follow."""
-        assert self._shifts is not None
-        self.flush()
-        found = dict(self._merged)
-        for key in list(self._sums):
-            stats = self._device.finalize(self._sums.pop(key) if last else self._sums[key])
-            if not np.isfinite(np.diagonal(stats.gram)).all():
-                raise DataError(
-                    "some rows are so large or weigh so much that their squares overflow float32; scale them"
-                )
-            stats = stats._replace(label_shift=self._shifts[1])
-            found[key] = st.combine([found[key], st.recentre(stats, *_origin(found[key]))]) if key in found else stats
+        assert self._buckets is not None
+        found = _united(self._merged, self._buckets.statistics(last))
         origin = _origin(next(iter(found.values())))
         return {key: st.recentre(stats, *origin) for key, stats in found.items()}
 
@@ -302,24 +216,21 @@ class Accumulator:
                     f"moments of {other.num_features} features, {len(other._labels.observed)} objectives cannot be "
                     f"merged into those of {own}"
                 )
-        self._labels = _joined_labels(self._labels, other._labels)
-        for group, count in other.group_sizes.items():
-            self.group_sizes[group] = self.group_sizes.get(group, 0) + count
-        if self._shifts is None and other._shifts is None:
-            self._kept += other._kept
-            self._spill_if_many()
+        self._know(other._labels)
+        self._count(other.group_sizes)
+        if other._buckets is None:
+            self._take(concatenate(other._kept))
             return self
-        if other._shifts is None:
-            self._route(concatenate(other._kept))
-            return self
-        if self._shifts is None:
-            kept, self._kept, self._shifts = self._kept, [], other._shifts
+        if self._buckets is None:
+            kept, self._kept = self._kept, []
+            buckets = self._open(other._buckets.shift, other._buckets.label_shift, Precision())
             for rows in kept:
-                self._route(rows)
-        self.precision = self.precision.joined(other.precision)
-        for key, stats in other.statistics().items():
-            moved = st.recentre(stats, *self._shifts)
-            self._merged[key] = st.combine([self._merged[key], moved]) if key in self._merged else moved
+                buckets.add(rows)
+        assert self._buckets is not None
+        self._buckets.precision = self._buckets.precision.joined(other.precision)
+        origin = self._buckets.shift, self._buckets.label_shift
+        moved = {key: st.recentre(stats, *origin) for key, stats in other.statistics().items()}
+        self._merged = _united(self._merged, moved)
         return self
 
 
@@ -327,22 +238,9 @@ def _origin(stats: Statistics) -> tuple[np.ndarray, np.ndarray]:
     return stats.shift, stats.label_shift
 
 
-def _labels_of(rows: Rows, total: int) -> Labels:
-    low = np.fmin.reduce(rows.y, axis=0, initial=np.inf)
-    high = np.fmax.reduce(rows.y, axis=0, initial=-np.inf)
-    return Labels(total, (~np.isnan(rows.y)).sum(0), low, high)
-
-
-def _joined_labels(a: Labels | None, b: Labels) -> Labels:
-    if a is None:
-        return b
-    return Labels(a.num_rows + b.num_rows, a.observed + b.observed, np.fmin(a.low, b.low), np.fmax(a.high, b.high))
-
-
-def _distinct(seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct rows of a boolean array [n, T], and the index int[n] of each row among them."""
-    packed = np.ascontiguousarray(np.packbits(seen, axis=1))
-    _, first, which = np.unique(
-        packed.view(np.dtype((np.void, packed.shape[1]))).reshape(-1), return_index=True, return_inverse=True
-    )
-    return seen[first], which.reshape(-1)
+def _united(a: Mapping[Key, Statistics], b: Mapping[Key, Statistics]) -> dict[Key, Statistics]:
+    """The sums of both, a bucket of both about the origin that it has in the first."""
+    found = dict(a)
+    for key, stats in b.items():
+        found[key] = st.combine([a[key], st.recentre(stats, *_origin(a[key]))]) if key in a else stats
+    return found

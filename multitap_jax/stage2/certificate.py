@@ -10,9 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from multitap_jax.stage2 import threads
 from multitap_jax.stage2.statistics import Statistics
 
 PROBES = 4
+BLOCK_ROWS = 256  # in float64 at a time: they stay in the cache
 FLOOR = 3e-8  # no float32 product is better than this
 ALIKE = 2048 * 2.0**-24  # a chunk of equal numbers: their rounding errors are equal too, and add up
 SAFETY = 8.0  # outlier dimensions make rounding errors less independent than the model takes them to be
@@ -26,16 +28,17 @@ class Precision(NamedTuple):
 
     def probe(self, stats: Statistics, x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> "Precision":
         """Compares the sums of one chunk with the chunk itself."""
-        root = np.sqrt(weight, dtype=np.float64)[:, None]
-        labels = np.where(np.isnan(y), 0.0, y - stats.label_shift[None, :])
-        parts = [x.astype(np.float64) - stats.shift[None, :], np.ones_like(root), labels]
-        row = np.concatenate(parts, axis=1) * root
         scale = np.sqrt(np.maximum(np.diagonal(stats.gram), 0.0))
         safe = np.where(scale > 0, scale, 1.0)
         vectors = np.random.default_rng(0).standard_normal((len(scale), PROBES)) / safe[:, None]
-        difference = (
-            (stats.gram @ vectors - row.T @ (row @ vectors)) / safe[:, None] / np.sqrt(max((scale > 0).sum(), 1))
-        )
+        exact, labels = np.zeros_like(vectors), np.where(np.isnan(y), 0.0, y - stats.label_shift[None, :])
+        with threads.for_matrices(BLOCK_ROWS):
+            for start in range(0, len(x), BLOCK_ROWS):
+                part = slice(start, start + BLOCK_ROWS)
+                count = np.ones((len(labels[part]), 1))
+                row = np.concatenate([x[part] - stats.shift[None, :], count, labels[part]], axis=1, dtype=np.float64)
+                exact += row.T @ ((row @ vectors) * weight[part, None].astype(np.float64))
+        difference = (stats.gram @ vectors - exact) / safe[:, None] / np.sqrt(max((scale > 0).sum(), 1))
         return self.joined(Precision(float(np.sqrt(np.mean(difference**2))), 1))
 
     def joined(self, other: "Precision") -> "Precision":

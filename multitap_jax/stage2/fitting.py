@@ -5,18 +5,18 @@ from typing import NamedTuple
 
 import numpy as np
 
+from multitap_jax.parallel.distributed import sum_over_processes
 from multitap_jax.stage2 import heldout, solve, systems
 from multitap_jax.stage2.accumulator import Accumulator
-from multitap_jax.stage2.certificate import correction_error, prediction_error
-from multitap_jax.stage2.refine import TOLERANCE, refine
-from multitap_jax.stage2.rows import DataError, Rows
+from multitap_jax.stage2.final import final_heads
+from multitap_jax.stage2.passes import training_scores
+from multitap_jax.stage2.refine import Again
+from multitap_jax.stage2.rows import DataError, Rows, weights_of
+from multitap_jax.stage2.spectrum import Path
 from multitap_jax.stage2.systems import System
 from multitap_jax.stage2.uncertainty import Posterior
 
-REFINE_ABOVE = (
-    1e-5  # expected error of the predictions, in deviations of the labels; the true one is several times less
-)
-NOTE_ABOVE = 1e-4
+REREAD_ABOVE = 1e-5  # share of a training error that rounding may have moved it by
 Replay = Callable[[], Iterable[Rows]]
 
 
@@ -93,7 +93,10 @@ def fit_heads(data: Accumulator, settings: Settings, names: Sequence[str], repla
     best = solve.choose(criterion.mse + criterion.doubt, criterion.reference, settings.alpha_per_target)
     alpha = np.take_along_axis(alphas, best[None, :], axis=0)[0]
     notes = _notes(names, alpha, best, flat, criterion.mse, settings.criterion)
-    coef, intercept = _solve(every, data, settings, alpha, flat, replay, names, notes)
+    again = None
+    if replay is not None and data.kept is None:
+        again = Again(replay, settings.targets, settings.source_weights, data.shared)
+    coef, intercept, more = final_heads(every, data, settings, alpha, flat, again, names)
     results = {
         "alphas": alphas,
         "mse": criterion.mse,
@@ -113,7 +116,7 @@ def fit_heads(data: Accumulator, settings: Settings, names: Sequence[str], repla
     posteriors = [
         Posterior.of(system, alpha[system.targets], settings.fit_intercept, data.precision) for system in every
     ]
-    return HeadFit(coef, intercept, alpha, results, held_out, observed, posteriors, notes)
+    return HeadFit(coef, intercept, alpha, results, held_out, observed, posteriors, notes + more)
 
 
 def _alpha_table(every: list[System], num_features: int, settings: Settings) -> np.ndarray:
@@ -153,21 +156,44 @@ def _criterion(
         elif settings.criterion in ("loo", "logo"):
             mse[:, which] = heldout.single_errors(system, data, settings, own, replay, name) / system.weight
         elif settings.criterion == "gcv":
-            rss, error, path = system.residual_energy(own, data.precision)
+            rss, error, path = _training_errors(system, data, settings, own, replay)
             n = system.num_rows
             mse[:, which] = solve.gcv(path, rss, n, settings.fit_intercept) / (system.weight / n)
             doubt[:, which] = solve.gcv(path, error, n, settings.fit_intercept) / (system.weight / n)
             freedom = max(n - int(settings.fit_intercept), 1)
             reference[which] *= n**2 / freedom**2  # GCV of the best constant
         else:
-            path = system.factor.path(own)
-            mse[:, which] = solve.residual_energy(path, system.label_energy, own) / system.weight
+            rss, *_ = _training_errors(system, data, settings, own, replay)
+            # It falls with alpha: what rounding adds is no reason to take a larger one.
+            mse[:, which] = np.minimum.accumulate(rss[::-1])[::-1] / system.weight
         if not np.isfinite(mse[:, which]).any(0).all():
             raise DataError(
                 f"objective {name}: {system.num_rows} rows, and no alpha has a usable score by {settings.criterion}; "
                 "give larger alphas, more rows, or another cv"
             )
     return Criterion(mse, doubt, reference, fold_mse)
+
+
+def _training_errors(
+    system: System, data: Accumulator, settings: Settings, alphas: np.ndarray, replay: Replay | None
+) -> tuple[np.ndarray, np.ndarray, Path]:
+    """`System.residual_energy`, and from the rows themselves where sums leave it in doubt and they can be read again.
+
+    As a difference of sums it has their rounding: with features that nearly cancel, the terms are thousands of times
+    what is left. Errors of predictions have no such trouble, and their products with the rows say how far the
+    coefficients are from the solution; the error there follows. What is left is far less than that correction.
+    """
+    rss, doubt, path = system.residual_energy(alphas, data.precision)
+    if replay is None or not (doubt > REREAD_ABOVE * rss).any():
+        return rss, doubt, path
+    weighted = (rows._replace(weight=weights_of(rows, settings.source_weights)) for rows in replay())
+    coef, columns = system.coefficient_table(alphas).reshape(rss.size, -1), settings.targets[system.targets]
+    sums = training_scores(coef, system.mean, system.scale, system.label_mean, weighted, columns)
+    sums, alpha = sum_over_processes(sums, data.shared), np.repeat(alphas, len(columns))
+    residual = sums[:, :-1] - alpha[:, None] * coef
+    step = system.factor.inverse(residual, alpha)
+    moved = np.sum(step * (residual + alpha[:, None] * (2.0 * coef + step)), axis=1)
+    return np.maximum(sums[:, -1] - moved, 0.0).reshape(rss.shape), np.abs(moved).reshape(rss.shape), path
 
 
 def _notes(
@@ -183,85 +209,3 @@ def _notes(
                 f"{names[i]}: alpha {alpha[i]:.3g} is at the {'lower' if best[i] < len(mse) - 1 else 'upper'} edge"
             )
     return notes
-
-
-def _solve(
-    every: list[System],
-    data: Accumulator,
-    settings: Settings,
-    alpha: np.ndarray,
-    flat: np.ndarray,
-    replay: Replay | None,
-    names: Sequence[str],
-    notes: list[str],
-) -> tuple[np.ndarray, np.ndarray]:
-    """(coef float32[T, H], intercept float64[T]) at the chosen alphas; refined where float32 statistics fell short."""
-    shape = len(alpha), data.num_features
-    coef, mean, scale = np.zeros(shape), np.zeros(shape), np.ones(shape)
-    label_mean, energy, expected = np.zeros(len(alpha)), np.zeros(len(alpha)), np.zeros(len(alpha))
-
-    def certified(rule: Callable[..., np.ndarray], system: System, value: np.ndarray) -> np.ndarray:
-        """`prediction_error` or `correction_error` of `value` [t, H] of a system; without sums there is none."""
-        if system.total is None:
-            return np.zeros(len(value))
-        values = np.zeros(data.num_features)
-        values[: len(system.factor.values)] = system.factor.values
-        return rule(data.precision, system.total, values, value, alpha[system.targets], system.label_energy)
-
-    for system in every:
-        which = system.targets
-        if settings.solver == "device" and system.total is not None:
-            own = solve.solve_on_device(system.total, alpha[which], settings.fit_intercept)
-        else:
-            own = system.factor.coefficients(alpha[which])
-        coef[which], mean[which], scale[which] = own, system.mean[None, :], system.scale[None, :]
-        label_mean[which] = system.label_mean
-        energy[which] = 0.0 if system.total is None else system.label_energy  # solved from rows: nothing to refine
-        expected[which] = certified(prediction_error, system, own)
-    coef[flat], energy[flat], expected[flat] = 0.0, 0.0, 0.0
-    if settings.solver == "device" and any(system.total is None for system in every):
-        notes.append("few rows: solved exactly on the host")
-    passes_allowed = settings.refine is not False and data.kept is None and replay is not None
-    if passes_allowed and (settings.refine is True or (expected > REFINE_ABOVE).any()):
-        assert replay is not None
-
-        def precondition(residual: np.ndarray) -> np.ndarray:
-            out = np.empty_like(residual)
-            for system in every:
-                out[system.targets] = system.factor.inverse(residual[system.targets], alpha[system.targets])
-            return out
-
-        def left_after(step: np.ndarray) -> np.ndarray:
-            out = np.empty(len(step))
-            for system in every:
-                out[system.targets] = certified(correction_error, system, step[system.targets])
-            return out
-
-        settled = refine(
-            replay,
-            precondition,
-            coef,
-            alpha,
-            mean,
-            scale,
-            label_mean,
-            energy,
-            settings.targets,
-            settings.source_weights,
-            left_after,
-            data.shared,
-        )
-        coef = settled.coef
-        for i in np.flatnonzero(settled.error > 100 * TOLERANCE).tolist():
-            notes.append(
-                f"{names[i]}: alpha {alpha[i]:.3g} is too small to solve fully; error left: {settled.error[i]:.0e}"
-            )
-    else:
-        for i in np.flatnonzero(expected > NOTE_ABOVE).tolist():
-            notes.append(
-                f"{names[i]}: alpha {alpha[i]:.3g} is small for a single float32 pass (expected error "
-                f"{expected[i]:.0e}); fit a store instead"
-            )
-    # What is saved is what predicts: the intercept makes up for the rounding to float32.
-    rounded = (coef / scale).astype(np.float32)
-    return rounded, label_mean - np.sum(mean * scale * rounded, axis=1)

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from multitap_jax.parallel.distributed import all_or_none
-from multitap_jax.stage2 import head_params, head_tables, persist
+from multitap_jax.stage2 import head_params, head_tables, persist, threads
 from multitap_jax.stage2.accumulator import Accumulator
 from multitap_jax.stage2.fitted import FittedHead
 from multitap_jax.stage2.fitting import HeadFit, Replay, Settings, fit_heads
@@ -293,7 +293,8 @@ class RidgeHead(FittedHead):
             targets=targets,
             source_weights=source_weights,
         )
-        self._take(fit_heads(data, settings, chosen, replay), data, chosen)
+        with threads.for_matrices(min(data.num_features, data.labels.num_rows)):
+            self._take(fit_heads(data, settings, chosen, replay), data, chosen)
         return self
 
     def _take(self, fit: HeadFit, data: Accumulator, names: tuple[str, ...]) -> None:

@@ -10,9 +10,8 @@ from multitap_jax.parallel.distributed import from_each_process, sum_over_proces
 from multitap_jax.stage2 import kfold, leave_out
 from multitap_jax.stage2.accumulator import Accumulator
 from multitap_jax.stage2.kfold import FoldScore
-from multitap_jax.stage2.leave_out import Pass
-from multitap_jax.stage2.refine import weights_of
-from multitap_jax.stage2.rows import DataError, Rows, concatenate
+from multitap_jax.stage2.passes import Pass, single_scores
+from multitap_jax.stage2.rows import DataError, Rows, concatenate, weights_of
 from multitap_jax.stage2.spectrum import Dual, Eigen
 from multitap_jax.stage2.systems import System
 
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from multitap_jax.stage2.fitting import Settings
 
 Replay = Callable[[], Iterable[Rows]]
-PASS_ROWS = 2048
 
 
 class HeldOut(NamedTuple):
@@ -138,10 +136,11 @@ def single_errors(
     if replay is None:
         raise DataError(f"cv={settings.criterion!r} reads the rows twice: fit arrays, a store or a list of batches")
     basis = system.basis(settings.fit_intercept)
-    passes, columns = Pass(basis, PASS_ROWS), settings.targets[system.targets]
+    passes = Pass(basis.vectors, basis.mean, basis.scale)
+    columns = settings.targets[system.targets]
     weighted = (rows._replace(weight=weights_of(rows, settings.source_weights)) for rows in replay())
     if not by_group:
-        return sum_over_processes(leave_out.single_scores(passes, weighted, columns, alphas), data.shared)
+        return sum_over_processes(single_scores(passes, basis, weighted, columns, alphas), data.shared)
     for groups in leave_out.whole_groups(weighted, data.group_sizes):
         rows = concatenate(groups)
         z = np.concatenate([np.asarray(z, np.float64)[: len(part.x)] for z, part in passes.chunks(rows)])
@@ -232,7 +231,8 @@ def _by_leaving_out(
 ) -> np.ndarray:
     bases = [system.basis(settings.fit_intercept) for system in every]
     passes = [
-        Pass(basis, PASS_ROWS) if system.rows is None else None for system, basis in zip(every, bases, strict=True)
+        Pass(basis.vectors, basis.mean, basis.scale) if system.rows is None else None
+        for system, basis in zip(every, bases, strict=True)
     ]
 
     def residuals(rows: Rows, groups: list[np.ndarray] | None) -> np.ndarray:

@@ -6,17 +6,13 @@ e / (1 - h), Cook & Weisberg, 1982). Rows of weight 0, and rows without the labe
 not seen their group predicts. A fold is a group too, and so k-fold of few rows is done the same way.
 """
 
-from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from multitap_jax.stage2.rows import Rows, concatenate
 
-IN_FLIGHT = 2  # chunks
 LARGE_GROUP = 32  # rows; from here on half a product is worth a loop over the alphas
 
 
@@ -73,71 +69,6 @@ def _hats(z: np.ndarray, inverse: np.ndarray) -> np.ndarray:
     if len(z) < LARGE_GROUP:
         return (z[None] * inverse[:, None, :]) @ z.T
     return np.stack([scaled @ scaled.T for scaled in (z * root[None, :] for root in np.sqrt(inverse))])
-
-
-@jax.jit
-def rotate(x: jax.Array, mean: jax.Array, turn: jax.Array) -> jax.Array:
-    """(x - mean) turn, float32 products by name; x [n, H] of any float type, turn float32[H, r]."""
-    return jnp.dot(x.astype(jnp.float32) - mean[None, :], turn, precision=jax.lax.Precision.HIGHEST)
-
-
-@jax.jit
-def _single_scores(x, labels, weight, mean, turn, solution, inverse, share):
-    """sum of w (e / (1 - w h))^2 of a chunk, every alpha at once: [C, t]; solution [r, C t], inverse [C, r]."""
-    z = rotate(x, mean, turn)
-    predicted = jnp.dot(z, solution, precision=jax.lax.Precision.HIGHEST).reshape(len(z), -1, labels.shape[1])
-    leverage = (jnp.dot(z * z, inverse.T, precision=jax.lax.Precision.HIGHEST) + share) * weight[:, None]
-    out = (labels[:, None, :] - predicted) / (1.0 - leverage)[:, :, None]
-    return jnp.sum(out * out * weight[:, None, None], axis=0)
-
-
-class Pass:
-    """Turns rows into z on the device, in chunks of one shape (one compilation)."""
-
-    def __init__(self, basis: Basis, chunk_rows: int) -> None:
-        self.basis, self._rows = basis, chunk_rows
-        self._mean = jnp.asarray(basis.mean * basis.scale, jnp.float32)
-        self._zero = jnp.zeros_like(self._mean)
-        self._turn = jnp.asarray(basis.vectors / basis.scale[:, None], jnp.float32)
-
-    def inputs(self, rows: Rows) -> Iterator[tuple[tuple[Any, ...], Rows]]:
-        """(the arguments of `rotate`, the rows) piece by piece; the last piece is filled up with rows of 0."""
-        for start in range(0, len(rows.x), self._rows):
-            part = rows.take(slice(start, start + self._rows))
-            x, mean = part.x, self._mean
-            if x.dtype == np.float64:  # its mean is taken off before it is rounded
-                x, mean = (x - (self.basis.mean * self.basis.scale)[None, :]).astype(np.float32), self._zero
-            yield (_filled(x, self._rows), mean, self._turn), part
-
-    def chunks(self, rows: Rows) -> Iterator[tuple[jax.Array, Rows]]:
-        """(z float32[chunk_rows, r] with spare rows at the end, the rows) piece by piece."""
-        for inputs, part in self.inputs(rows):
-            yield rotate(*inputs), part
-
-
-def single_scores(passes: Pass, rows: Iterable[Rows], columns: np.ndarray, alphas: np.ndarray) -> np.ndarray:
-    """Leave-one-out: sum of w e^2, float64[C, t], of the objectives `columns` (all of them rated in the same rows)."""
-    basis = passes.basis
-    inverse = 1.0 / (basis.values[None, :] + alphas[:, None])
-    solution = np.transpose(basis.projected[None] * inverse[:, :, None], (1, 0, 2)).reshape(len(basis.values), -1)
-    device = [jnp.asarray(value, jnp.float32) for value in (solution, inverse, 1.0 / basis.weight)]
-    total, waiting = np.zeros((len(alphas), len(columns))), deque[jax.Array]()
-    for batch in rows:
-        for inputs, part in passes.inputs(batch):
-            y = part.y[:, columns] - basis.label_mean[None, :]
-            seen = ~np.isnan(y[:, 0])
-            labels = _filled(np.where(seen[:, None], y, 0.0).astype(np.float32), len(inputs[0]))
-            weight = _filled((part.weight * seen).astype(np.float32), len(inputs[0]))
-            waiting.append(_single_scores(inputs[0], labels, weight, *inputs[1:], *device))
-            if len(waiting) > IN_FLIGHT:  # the device is busy while the next rows are read
-                total += np.asarray(waiting.popleft(), np.float64)
-    return sum((np.asarray(part, np.float64) for part in waiting), total)
-
-
-def _filled(column: np.ndarray, rows: int) -> np.ndarray:
-    """`column` [n, ...] with zeros up to `rows`; itself where it has as many."""
-    spare = rows - len(column)
-    return np.pad(column, ((0, spare),) + ((0, 0),) * (column.ndim - 1)) if spare else column
 
 
 def whole_groups(batches: Iterable[Rows], sizes: dict[int, int]) -> Iterator[list[Rows]]:

@@ -18,7 +18,8 @@ import safetensors.numpy
 from multitap_jax.files import write_atomic
 from multitap_jax.parallel.distributed import from_each_process
 from multitap_jax.stage2 import moments as mm
-from multitap_jax.stage2.accumulator import Accumulator, Key, Labels
+from multitap_jax.stage2.accumulator import Accumulator, Labels
+from multitap_jax.stage2.buckets import Key
 from multitap_jax.stage2.certificate import Precision
 from multitap_jax.stage2.rows import DataError, Rows
 from multitap_jax.stage2.statistics import Statistics

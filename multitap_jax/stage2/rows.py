@@ -1,7 +1,7 @@
 """Rows on their way in: checked, given a group and a fold by hash, whatever machine and order they come in."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -51,6 +51,13 @@ class Rows(NamedTuple):
 def concatenate(parts: Sequence[Rows]) -> Rows:
     """The rows of all parts, in order."""
     return parts[0] if len(parts) == 1 else Rows(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+def weights_of(rows: Rows, source_weights: Mapping[str, float]) -> np.ndarray:
+    """Sample weights float64[n] times those of the sources."""
+    if not source_weights:
+        return rows.weight
+    return rows.weight * np.array([source_weights.get(source, 1.0) for source in rows.source.tolist()])
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:
@@ -171,9 +178,10 @@ def _is_sound(x: np.ndarray) -> bool:
     limit = np.finfo(np.float32).max
     if x.dtype == np.float64 and not (x.max(initial=0.0) <= limit and x.min(initial=0.0) >= -limit):
         return False
-    # One product touches every number once: NaN and infinity survive it, and the factor keeps sums from overflowing.
+    # A sum touches every number once, and NaN and infinity survive it; one that overflows is looked at again. No
+    # product: that would wake the threads of BLAS, which go on spinning on the cores that the sums on the device want.
     with np.errstate(all="ignore"):
-        return bool(np.isfinite(x @ np.full(x.shape[1], 1e-20, x.dtype)).all())
+        return bool(np.isfinite(x.sum(1)).all())
 
 
 def _check_numbers(x: np.ndarray, y: np.ndarray, weight: np.ndarray, first: int) -> None:

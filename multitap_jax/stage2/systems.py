@@ -13,11 +13,11 @@ import numpy as np
 
 from multitap_jax.stage2 import spectrum
 from multitap_jax.stage2 import statistics as st
-from multitap_jax.stage2.accumulator import Accumulator, Key
+from multitap_jax.stage2.accumulator import Accumulator
+from multitap_jax.stage2.buckets import Key
 from multitap_jax.stage2.certificate import Precision, residual_error, varies
 from multitap_jax.stage2.leave_out import Basis
-from multitap_jax.stage2.refine import weights_of
-from multitap_jax.stage2.rows import DataError, Rows, concatenate
+from multitap_jax.stage2.rows import DataError, Rows, concatenate, weights_of
 from multitap_jax.stage2.solve import residual_energy
 from multitap_jax.stage2.statistics import Statistics
 
@@ -80,12 +80,15 @@ class System:
         path = self.factor.path(alphas)
         error = np.zeros_like(path.fit)
         if self.total is not None:
-            count = len(self.targets)
-            factor: Any = self.factor
-            every = factor._replace(projected=np.tile(factor.projected, (1, len(alphas))))  # all in one product
-            coef = every.coefficients(np.repeat(alphas, count)).reshape(len(alphas), count, -1)
-            error = residual_error(precision, self.total, coef)
+            error = residual_error(precision, self.total, self.coefficient_table(alphas))
         return np.maximum(residual_energy(path, self.label_energy, alphas), error), error, path
+
+    def coefficient_table(self, alphas: np.ndarray) -> np.ndarray:
+        """Of x / scale, at every one of the alphas [C]: float64[C, t, H]."""
+        count = len(self.targets)
+        every: Any = self.factor
+        every = every._replace(projected=np.tile(every.projected, (1, len(alphas))))  # all in one product
+        return every.coefficients(np.repeat(alphas, count)).reshape(len(alphas), count, -1)
 
     def coefficients(self, alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(coef float64[t, H] of x itself, intercept float64[t]) at alpha [t]."""

@@ -49,7 +49,7 @@ def test_every_fold_and_objective_has_exactly_its_rows(share, buckets, chunk, ba
     y[:600, 1] = np.nan  # the patterns change on the way
     groups = [str(i // 4) for i in range(1500)]
     collector = collect(x, y, groups, chunk=chunk, batch=batch)
-    assert len(collector._sums) <= 9  # 3 folds of 3: memory stays bounded, however many patterns there are
+    assert len(collector._buckets.sums) <= 9  # 3 folds of 3: memory stays bounded, however many patterns there are
     fold = fold_of(group_hash(groups, x), 3, 0)
     found = 0
     every = build(collector, 3)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from multitap_jax.stage2 import RidgeHead, fitting
+from multitap_jax.stage2 import RidgeHead, final
 from multitap_jax.stage2.certificate import FLOOR, Precision
 from multitap_jax.stage2.statistics import from_rows
 from tests.stage2.data import embeddings, relative_error, sklearn_predictions
@@ -12,8 +12,8 @@ from tests.stage2.data import embeddings, relative_error, sklearn_predictions
 @pytest.mark.parametrize("alpha", [1e-2, 1.0, 1e2])
 def test_it_bounds_the_true_error(alpha, monkeypatch):
     expected = []
-    plain = fitting.prediction_error
-    monkeypatch.setattr(fitting, "prediction_error", lambda *a: expected.append(plain(*a)) or expected[-1])
+    plain = final.prediction_error
+    monkeypatch.setattr(final, "prediction_error", lambda *a: expected.append(plain(*a)) or expected[-1])
     x, y = embeddings(6000, 120)
     once = RidgeHead([alpha], cv="gcv", refine=False).fit(x, y)
     true = relative_error(once.predict(x.astype(np.float64)), sklearn_predictions(x, y, once.alpha_, x))
@@ -41,12 +41,12 @@ def test_a_step_that_is_vouched_for_equals_conjugate_gradients(monkeypatch):
     """It saves the pass that would measure its length, and is as exact."""
     x, y = embeddings(6000, 120)
     found = []
-    plain = fitting.refine
-    monkeypatch.setattr(fitting, "refine", lambda *a: found.append(plain(*a)) or found[-1])
+    plain = final.refine
+    monkeypatch.setattr(final, "refine", lambda *a: found.append(plain(*a)) or found[-1])
     for alpha in (1e3, 1e-4):  # the second is below the error of the Gram, and so never vouched for
         RidgeHead([alpha], cv="gcv", refine=True).fit(x, y)
         with monkeypatch.context() as nothing:
-            nothing.setattr(fitting, "correction_error", lambda *a: np.full(3, np.inf))
+            nothing.setattr(final, "correction_error", lambda *a: np.full(3, np.inf))
             RidgeHead([alpha], cv="gcv", refine=True).fit(x, y)
     passes = [refined.passes for refined in found]
     assert passes[:2] == [1, 2]

@@ -147,6 +147,29 @@ def test_gcv_equals_the_hat_matrix(rows, fit_intercept):
     np.testing.assert_array_equal(head.alpha_, ALPHAS[np.argmin(expected, 0)])
 
 
+@pytest.mark.parametrize("params", [{"cv": "gcv"}, {"selection": "train-mse"}, {"cv": "gcv", "standardize": True}])
+@pytest.mark.parametrize("wide", [False, True], ids=["float32", "float64"])
+def test_training_errors_equal_float64_where_sums_lose_them(params, wide):
+    """With weights and with missing labels, down to alphas of 1e-10 of the largest eigenvalue."""
+    x, y = embeddings(1700)
+    x = x.astype(np.float64) if wide else x
+    y[:300, 1] = np.nan
+    weight = np.random.default_rng(6).uniform(0.5, 2.0, 1700)
+    alphas = np.logspace(-4, 4, 9)
+    head = RidgeHead(alphas, **params).fit(x, y, sample_weight=weight)
+    for target in range(3):
+        seen = ~np.isnan(y[:, target])
+        w, rows, labels = weight[seen], x[seen].astype(np.float64), y[seen, target].astype(np.float64)
+        rows, labels = rows - np.average(rows, axis=0, weights=w), labels - np.average(labels, weights=w)
+        rows = rows / np.sqrt(np.average(rows**2, axis=0, weights=w)) if head.standardize else rows
+        u, s, _ = np.linalg.svd(rows * np.sqrt(w)[:, None], full_matrices=False)
+        share = s**2 / (s**2 + alphas[:, None])
+        rss = np.sum((np.sqrt(w) * labels - (share * (u.T @ (np.sqrt(w) * labels))) @ u.T) ** 2, axis=1)
+        n = len(w)
+        expected = rss * n**2 / (n - 1 - share.sum(1)) ** 2 if "cv" in params else rss
+        np.testing.assert_allclose(head.cv_results_["mse"][:, target], expected / w.sum(), rtol=1e-5)
+
+
 def test_training_error_always_takes_the_smallest_alpha():
     x, y = embeddings(MANY)
     head = RidgeHead([100.0, 1e-3, 10.0], selection="train-mse").fit(x, y)
