@@ -84,7 +84,9 @@ def learner(loss: Loss) -> Callable[[np.ndarray, np.ndarray, int], np.ndarray]:
             params, state = carry
             batch = jax.random.choice(key, len(states), (min(SCENES, len(states)),), replace=False)
             objective = lambda p: loss(states[batch] @ p[0] + p[1], scores[batch])
-            updates, state = optimizer.update(jax.grad(objective)(params), state, params)
+            gradient = jax.grad(objective)(params)
+            with jax.numpy_dtype_promotion("standard"):  # optax multiplies numbers of two kinds
+                updates, state = optimizer.update(gradient, state, params)
             return (optax.apply_updates(params, updates), state), None
 
         params = (jnp.zeros(states.shape[-1]), jnp.zeros(()))
