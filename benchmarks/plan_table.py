@@ -3,7 +3,7 @@
   python benchmarks/plan_table.py [--effort=full] [--folder=/tmp/plans] [--only=qwen2-vl-7b] [--keep]
 
 Runs `multitap plan` once a row, each in a process of its own, and writes the rows between the marks in
-docs/planning.md. Needs libtpu (pip install 'multitap_jax[tpu-plan]') and no TPU. Plans that --folder holds from an
+docs/planning.md. Needs libtpu (pip install -e '.[tpu-plan]') and no TPU. Plans that --folder holds from an
 earlier run of the same commit are used again with --keep. Time and memory are those of the planning process.
 """
 
