@@ -3,7 +3,8 @@
 #
 #   launch/local.sh 2 train --config=configs/lora.py --workdir=runs/two ...     (train may be left out)
 #
-# When one fails the others are ended, and its exit code is that of the script; Ctrl-C and SIGTERM reach all of them.
+# When one fails the others are ended, and its exit code is that of the script, not that of those that only lost it (76
+# or 134); Ctrl-C and SIGTERM reach all of them.
 # MULTITAP names the program (default: multitap), MULTITAP_PORT the port of process 0 (default: a free one).
 set -euo pipefail
 GRACE=10 # seconds in which the others may end on their own, with what they have to say
@@ -49,7 +50,7 @@ for ((index = 0; index < count; index++)); do
 done
 trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
 
-code=0 deadline=
+code=0 deadline='' killed=''
 while ((${#pids[@]} > 0)); do
   running=()
   for pid in "${pids[@]}"; do
@@ -59,14 +60,18 @@ while ((${#pids[@]} > 0)); do
     fi
     ended=0
     wait "$pid" || ended=$?
-    if ((ended != 0 && code == 0)); then
+    if ((ended == 0)); then continue; fi
+    if [[ -z $killed ]] && ((code == 0 || ((code == 76 || code == 134) && ended != 76 && ended != 134))); then
       code=$ended
       echo "launch/local.sh: a process ended with code $ended" >&2
-      if ((ended != 143)); then deadline=$((SECONDS + GRACE)); fi # 143: all have saved and end together
+    fi
+    if [[ -z $deadline ]] && ((ended != 143)); then # 143: all have saved and end together
+      deadline=$((SECONDS + GRACE))
     fi
   done
   pids=(${running[@]+"${running[@]}"})
   if [[ -n $deadline ]] && ((SECONDS >= deadline && ${#pids[@]} > 0)); then
+    killed=yes
     kill -KILL "${pids[@]}" 2>/dev/null || true
   fi
   if ((${#pids[@]} > 0)); then sleep 0.2; fi

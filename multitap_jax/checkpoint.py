@@ -6,7 +6,9 @@ state that differs in one bit is refused; one that is good may go to another mes
 """
 
 import contextlib
+import json
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,10 +21,10 @@ from orbax.checkpoint import v1 as ocp
 from multitap_jax.checksum import checksums, on_device
 from multitap_jax.config import CheckpointConfig
 from multitap_jax.naming import by_name
-from multitap_jax.parallel.distributed import barrier, is_main_process
+from multitap_jax.parallel import watchdog
+from multitap_jax.parallel.distributed import any_has, barrier, from_each_process, is_main_process
 
 FORMAT = 2
-GOODNESS = "goodness"
 SET_ASIDE = "corrupt"
 
 
@@ -66,6 +68,7 @@ class Checkpoints:
       folder: made if need be; nothing else may be kept there.
       keep: how many of the newest stay.
       keep_best: how many of those with the greatest goodness stay besides.
+      best_by: what goodness is, in words; what was judged by something else counts as not judged.
       identity: what this run and a checkpoint must have in common, as plain JSON values by dotted name.
       report: told in words what was skipped.
     """
@@ -76,13 +79,17 @@ class Checkpoints:
         *,
         keep: int,
         keep_best: int = 0,
+        best_by: str = "",
         identity: Mapping[str, Any],
         report: Callable[[str], None] = print,
     ):
         self._folder, self._identity, self._report = Path(folder).resolve(), dict(identity), report
+        self._best_by = best_by
         policies = ocp.training.preservation_policies
         best = policies.BestN(
-            get_metric_fn=lambda metrics: metrics[GOODNESS], n=keep_best, keep_checkpoints_without_metrics=False
+            get_metric_fn=lambda metrics: metrics.get(best_by, -math.inf),
+            n=keep_best,
+            keep_checkpoints_without_metrics=False,
         )
         self._manager = ocp.training.Checkpointer(
             self._folder,
@@ -96,8 +103,12 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """The step of greatest goodness, the newest of several; None where no checkpoint has one."""
-        judged = [(c.metrics[GOODNESS], c.step) for c in self._manager.checkpoints if c.metrics]
-        return max(judged)[1] if judged else None
+        judged = self._judged()
+        return max(judged, key=lambda step: (judged[step], step), default=None)
+
+    def _judged(self) -> dict[int, float]:
+        found = {c.step: c.metrics.get(self._best_by) for c in self._manager.checkpoints if c.metrics}
+        return {step: value for step, value in found.items() if value is not None}
 
     def save(self, step: int, state: Any, goodness: float | None = None) -> bool:
         """Starts to save `state` as `step`; the arrays may be donated as soon as this returns.
@@ -108,15 +119,17 @@ class Checkpoints:
           goodness: greater is better; None where it was not judged.
 
         Returns:
-          Whether there was anything to do: a step that is already saved is left as it is.
+          Whether there was anything to do: a step that is already saved is left as it is, unless only now it is judged
+          (a run that SIGTERM stopped before an evaluation evaluates when it goes on).
         """
-        if step in self.steps():
+        saved = step in self.steps()
+        if saved and (goodness is None or step in self._judged()):
             return False
         arrays = by_name(state)
         kinds = {name: x.dtype.name for name, x in arrays.items()}
         metadata = {"format": FORMAT, "identity": self._identity, "dtypes": kinds, "checksums": checksums(arrays)}
-        metrics = None if goodness is None else {GOODNESS: goodness}
-        self._manager.save_async(step, arrays, force=True, custom_metadata=metadata, metrics=metrics)
+        metrics = None if goodness is None else {self._best_by: goodness}
+        self._manager.save_async(step, arrays, force=True, overwrite=saved, custom_metadata=metadata, metrics=metrics)
         return True
 
     def restore(self, target: Any) -> tuple[int, Any] | None:
@@ -155,22 +168,25 @@ class Checkpoints:
           DamagedError: its files are not as they were written.
           CheckpointError: see `restore`.
         """
-        folder = self._folder / str(step)
+        folder, metadata, arrays, failure = self._folder / str(step), {}, {}, None
         try:
-            with _quiet():  # orbax logs what it raises; here one sentence says it
+            with _in_words(folder):
                 metadata = self._read_metadata(step)
                 self._check_identity(step, metadata["identity"])
-                return self._load(step, target, metadata)
-        except (CheckpointError, MemoryError):
-            raise
-        except Exception as error:  # whatever a damaged file makes orbax, tensorstore or json raise
-            if _says_nothing_of_damage(error):
-                raise CheckpointError(
-                    f"{folder} could not be read now, which need not mean damage: {error}; nothing was changed, put "
-                    "the cause right and run the same command again"
-                ) from error
-            reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-            raise DamagedError(f"checkpoint {folder} is damaged ({reason})") from error
+                arrays = self._read(step, target, metadata)
+        except CheckpointError as error:
+            failure = error
+        _agree(failure)
+        watchdog.beat(f"the reading of checkpoint {step}")
+        with _in_words(folder):
+            found = checksums(arrays)
+            wrong = [name for name in arrays if found[name] != metadata["checksums"][name]]
+            if wrong:
+                raise ValueError(f"checksum of {wrong[0]} and {len(wrong) - 1} more arrays")
+            wanted = by_name(target)
+            return jax.tree.unflatten(
+                jax.tree.structure(target), [_cast(arrays[name], x) for name, x in wanted.items()]
+            )
 
     def wait(self) -> None:
         """Waits until everything is on disk."""
@@ -200,21 +216,20 @@ class Checkpoints:
                 + "\nuse the old values to go on with that run, or another --workdir to start a new one"
             )
 
-    def _load(self, step: int, target: Any, metadata: Mapping[str, Any]) -> Any:
-        names, sums, kinds = by_name(target), metadata["checksums"], metadata["dtypes"]
-        if names.keys() != sums.keys():
-            odd = ", ".join(sorted(names.keys() ^ sums.keys())[:5])
+    def _read(self, step: int, target: Any, metadata: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """The arrays by name, in the types they were saved in; each process reads its parts, and waits for no other."""
+        names, kinds = by_name(target), metadata["dtypes"]
+        if names.keys() != kinds.keys():
+            odd = ", ".join(sorted(names.keys() ^ kinds.keys())[:5])
             raise CheckpointError(
                 f"{self._folder / str(step)} holds other parameters than this run has: {odd}; use another --workdir"
             )
-        # As they were saved, so that bits can be compared; then as they are wanted.
         saved = {name: jax.ShapeDtypeStruct(x.shape, kinds[name], sharding=x.sharding) for name, x in names.items()}
-        arrays = self._manager.load(step, saved)
-        found = checksums(arrays)
-        wrong = [name for name in names if found[name] != sums[name]]
-        if wrong:
-            raise ValueError(f"checksum of {wrong[0]} and {len(wrong) - 1} more arrays")
-        return jax.tree.unflatten(jax.tree.structure(target), [_cast(arrays[name], x) for name, x in names.items()])
+        # orbax would wait at the end for all processes, also for one that cannot read its part and is elsewhere by then
+        index = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
+        with ocp.Context(multiprocessing_options=alone):
+            return ocp.load(self._folder / str(step), saved)
 
     def _set_aside(self, steps: list[int]) -> None:
         """Frees the names of damaged steps, so that they can be saved anew; keeps the files for inspection."""
@@ -229,6 +244,36 @@ class Checkpoints:
                 (self._folder / str(step)).rename(aside)
         barrier("checkpoints set aside")
         self._manager.reload()
+
+
+@contextlib.contextmanager
+def _in_words(folder: Path) -> Iterator[None]:
+    """Makes a CheckpointError, or a DamagedError, of whatever reading a checkpoint raises."""
+    try:
+        with _quiet():  # orbax logs what it raises; here one sentence says it
+            yield
+    except (CheckpointError, MemoryError):
+        raise
+    except Exception as error:  # whatever a damaged file makes orbax, tensorstore or json raise
+        if _says_nothing_of_damage(error):
+            raise CheckpointError(
+                f"{folder} could not be read now, which need not mean damage: {error}; nothing was changed, put "
+                "the cause right and run the same command again"
+            ) from error
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise DamagedError(f"checkpoint {folder} is damaged ({reason})") from error
+
+
+def _agree(failure: CheckpointError | None) -> None:
+    """Raises `failure`, or that of another process, in all of them; a refusal goes before damage. Collective."""
+    if not any_has(failure is not None):
+        return
+    told = json.dumps(None if failure is None else [isinstance(failure, DamagedError), str(failure)]).encode()
+    said = [json.loads(part) for part in from_each_process(told)]
+    damaged, reason = min(found for found in said if found is not None)
+    if failure is not None and isinstance(failure, DamagedError) == damaged:
+        raise failure
+    raise (DamagedError if damaged else CheckpointError)(reason)
 
 
 # Status names in tensorstore's and XLA's messages that speak of the moment and not of the file.

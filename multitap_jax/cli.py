@@ -166,7 +166,7 @@ def _run(verb: str, values: flags.FlagValues) -> int:
         explained = _is_explained(error) and not os.environ.get("MULTITAP_TRACEBACK")
         if explained:
             print(f"multitap {verb}: {_said(error)}", file=sys.stderr)
-        code = left(values, 1, error, explained)
+        code = left(values, getattr(error, "exit_code", 1), error, explained)
         if explained:
             return code
         raise

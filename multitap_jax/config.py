@@ -386,6 +386,18 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     return value
 
 
+def dotted(config: Any, path: str = "config") -> dict[str, Any]:
+    """The resolved configuration by dotted names, such as "config.model.dtype", as plain JSON: tuples are lists."""
+    out: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{path}.{field.name}"
+        if dataclasses.is_dataclass(value):
+            out |= dotted(value, name)
+        else:
+            out[name] = list(value) if isinstance(value, tuple) else value
+    return out
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """The resolved configuration as plain values, for logs and provenance."""
     return dataclasses.asdict(config)

@@ -141,13 +141,13 @@ def test_a_state_that_is_not_the_saved_one_is_noticed(folder, monkeypatch):
     """Were the storage to hand out other bits without an error, the checksum would tell."""
     said = []
     checkpoints = reopened(folder, said)
-    load = checkpoints._manager.load
+    read = checkpoints._read
 
-    def wrong(step, target):
-        arrays = load(step, target)
+    def wrong(step, *rest):
+        arrays = read(step, *rest)
         return arrays if step < 4 else {**arrays, "half": arrays["half"].at[3].multiply(jnp.bfloat16(-1))}
 
-    monkeypatch.setattr(checkpoints._manager, "load", wrong)
+    monkeypatch.setattr(checkpoints, "_read", wrong)
     assert checkpoints.restore(abstract(state(0)))[0] == 3
     assert "checksum of half" in said[0]
     checkpoints.close()
@@ -202,10 +202,41 @@ def test_an_error_of_the_moment_condemns_no_checkpoint(folder, monkeypatch, erro
         raise error
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoints, "_load", fail)
+        patched.setattr(checkpoints, "_read", fail)
         with pytest.raises(CheckpointError, match="need not mean damage"):
             checkpoints.restore(abstract(state(0)))
     step, found = checkpoints.restore(abstract(state(0)))
     assert step == 4
     assert_same(found, state(4))
+    checkpoints.close()
+
+
+def test_a_saved_step_that_is_judged_later_is_saved_with_its_goodness(tmp_path):
+    """SIGTERM stops a run before the evaluation that is due; the run that goes on evaluates the same state."""
+    options = {"keep": 1, "keep_best": 1, "identity": IDENTITY}
+    checkpoints = Checkpoints(tmp_path, best_by="loss of a", **options)
+    assert checkpoints.save(1, state(1))
+    checkpoints.wait()
+    assert checkpoints.best() is None
+    assert checkpoints.save(1, state(1), -0.5)
+    assert not checkpoints.save(1, state(1), -0.5)
+    assert checkpoints.save(2, state(2), -0.7)
+    assert checkpoints.save(3, state(3))
+    checkpoints.close()
+    again = Checkpoints(tmp_path, best_by="loss of a", **options)
+    assert (again.steps(), again.best()) == ([1, 3], 1)
+    assert_same(again.load(1, abstract(state(1))), state(1))
+    again.close()
+
+
+def test_what_was_judged_by_something_else_counts_as_not_judged(tmp_path):
+    options = {"keep": 4, "keep_best": 1, "identity": IDENTITY}
+    checkpoints = Checkpoints(tmp_path, best_by="loss of a", **options)
+    checkpoints.save(1, state(1), -0.1)
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path, best_by="tau_b of a", **options)
+    assert checkpoints.best() is None
+    checkpoints.save(2, state(2), -0.3)
+    checkpoints.wait()
+    assert checkpoints.best() == 2
     checkpoints.close()

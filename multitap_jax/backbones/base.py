@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from multitap_jax.backbones.decoder import place_features
-from multitap_jax.backbones.stack import Execution
+from multitap_jax.backbones.stack import Execution, pin
 from multitap_jax.batch import PackedBatch
 
 
@@ -41,7 +41,7 @@ class Backbone(nnx.Module):
 
     def embed(self, batch: PackedBatch, execution: Execution) -> jax.Array:
         """[B, S, H]: token embeddings, replaced by image features at image tokens."""
-        x = self.text.embed(jnp.asarray(batch.tokens), execution.compute_dtype)
+        x = self.text.embed(jnp.asarray(batch.tokens), execution.compute_dtype, execution.mesh)
         if batch.patches.shape[0] == 0:  # text only: the shape says so, the tower is not even compiled
             return x
-        return place_features(x, self.vision(batch, execution).reshape(-1, x.shape[-1]), batch)
+        return place_features(x, pin(self.vision(batch, execution), execution).reshape(-1, x.shape[-1]), batch)

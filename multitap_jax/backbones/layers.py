@@ -4,10 +4,15 @@ Every parameter is an `nnx.Param` with one logical axis name a dimension (`axes`
 the parameters of L equal layers along a leading "layers" axis; `jax.lax.scan` over it hands out one layer at a time.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from multitap_jax.parallel.mesh import BATCH_AXES
 
 Axis = str | None
 
@@ -107,9 +112,33 @@ class Embedding(nnx.Module):
         table = jax.random.normal(rngs.params(), (vocab, size), param_dtype) * jnp.asarray(0.02, param_dtype)
         self.embedding = param(table, ("vocab", "embed"))
 
-    def __call__(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """int32[...] -> [..., H] in `dtype`."""
-        return jnp.take(self.embedding[...], tokens, axis=0, mode="fill").astype(dtype)
+    def __call__(self, tokens: jax.Array, dtype: jnp.dtype, mesh: Mesh | None = None) -> jax.Array:
+        """int32[...] -> [..., H] in `dtype`; `mesh` as in `Execution`."""
+        take = lambda table, tokens: jnp.take(table, tokens, axis=0, mode="fill").astype(dtype)
+        if mesh is not None and all(mesh.shape[axis] > 1 for axis in BATCH_AXES):
+            take = _exchanged(take, mesh)
+        return take(self.embedding[...], tokens)
+
+
+def _exchanged(take: Callable[[jax.Array, jax.Array], jax.Array], mesh: Mesh) -> Callable[..., jax.Array]:
+    """`take(table, tokens)` where the batch is spread over `data` and `fsdp`, and the columns of the table over `fsdp`.
+
+    The devices of an `fsdp` group each look up their columns for the rows of the whole group, and exchange columns for
+    rows. The layout before the exchange has to be said: left alone the partitioner finds no way from columns to rows
+    where both axes are larger than 1, and gathers the rows of all groups on every device, in both passes. The batch
+    dimension is mapped (`jax.vmap`), and is there to be laid out outside of the mapping only.
+    """
+    outer, inner = BATCH_AXES
+    lookup = jax.custom_batching.custom_vmap(take)
+
+    @lookup.def_vmap
+    def mapped(size: int, batched: list[bool], table: jax.Array, tokens: jax.Array) -> tuple[jax.Array, bool]:
+        x = take(table, tokens)
+        for spec in (PartitionSpec(outer, *[None] * (x.ndim - 2), inner), PartitionSpec(BATCH_AXES)):
+            x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+        return x, True
+
+    return lookup
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:

@@ -141,7 +141,7 @@ class Mllama(Backbone):
 
     def embed(self, batch: PackedBatch, execution: Execution) -> jax.Array:
         """[B, S, H]: token embeddings; the image token has one of its own."""
-        return self.text.embed(jnp.asarray(batch.tokens), execution.compute_dtype)
+        return self.text.embed(jnp.asarray(batch.tokens), execution.compute_dtype, execution.mesh)
 
     def sight(self, batch: PackedBatch, execution: Execution) -> Sight | None:
         """The encoded images and who sees them; None for a batch whose shape has no image."""

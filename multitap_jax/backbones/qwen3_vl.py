@@ -32,7 +32,7 @@ from multitap_jax.backbones.qwen import (
     text_section,
 )
 from multitap_jax.backbones.rope import Angles
-from multitap_jax.backbones.stack import Execution, keep_layers
+from multitap_jax.backbones.stack import Execution, keep_layers, pin
 from multitap_jax.backbones.vision import Pixels, VisionMLP
 from multitap_jax.batch import PackedBatch
 
@@ -253,9 +253,10 @@ class Qwen3VL(QwenVL):
 
     def inputs(self, batch: PackedBatch, execution: Execution) -> tuple[jax.Array, tuple[Any, ...], tuple[Any, ...]]:
         """The embeddings [B, S, H]; what all decoder layers get besides; what each gets of its own."""
-        x = self.text.embed(jnp.asarray(batch.tokens), execution.compute_dtype)
+        x = self.text.embed(jnp.asarray(batch.tokens), execution.compute_dtype, execution.mesh)
         if batch.patches.shape[0] == 0:
             return x, (), ()
-        cells, deepstack = (f.reshape(*f.shape[:-3], -1, f.shape[-1]) for f in self.vision.features(batch, execution))
+        found = (pin(features, execution) for features in self.vision.features(batch, execution))
+        cells, deepstack = (f.reshape(*f.shape[:-3], -1, f.shape[-1]) for f in found)
         layer = np.arange(self.config.text.num_layers, dtype=np.int32)
         return place_features(x, cells, batch), (deepstack, jnp.asarray(batch.image_cell)), (layer,)

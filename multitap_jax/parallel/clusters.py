@@ -6,6 +6,8 @@ import socket
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from multitap_jax.parallel.host import has_tpu
+
 PORT = 8476  # of process 0, where nobody chose another: MULTITAP_PORT does
 AUTO = "auto"
 
@@ -71,8 +73,11 @@ def find_place(
             f"coordinator {coordinator} is given, so are needed: --num_processes or MULTITAP_NUM_PROCESSES (is {count})"
             f" and --process_id or MULTITAP_PROCESS_ID (is {index}); or coordinator auto on Slurm, JobSet or Cloud TPU"
         )
-    if not re.fullmatch(r".+:\d+", coordinator):
+    port = re.fullmatch(r".+:(\d{1,5})", coordinator)
+    if port is None or not 0 < int(port[1]) < 2**16:
         raise ValueError(f"coordinator {coordinator!r}: expected HOST:PORT of process 0, such as 10.0.0.1:{PORT}")
+    if count < 1:
+        raise ValueError(f"num_processes = {count}: expected 1 or more")
     if not 0 <= index < count:
         raise ValueError(f"process_id = {index}: expected 0 to {count - 1}, for num_processes = {count}")
     return Place("flags" if given else "MULTITAP_* variables", coordinator, count, index)
@@ -80,17 +85,19 @@ def find_place(
 
 def _detect(environ: Mapping[str, str]) -> Place:
     port = environ.get("MULTITAP_PORT", str(PORT))
-    if "SLURM_STEP_NODELIST" in environ:
+    if environ.get("SLURM_STEP_NODELIST"):
         return _slurm(environ, port)
     if "TPU_WORKER_HOSTNAMES" in environ or "TPU_PROCESS_ADDRESSES" in environ:
         return Place("Cloud TPU on GKE", "", 0, 0, None, "gketpu")
     if "JOBSET_NAME" in environ:
         return _jobset(environ, port)
-    if importlib.util.find_spec("libtpu") is not None:
+    # libtpu alone says nothing: `multitap plan` needs it where no TPU is.
+    if has_tpu() and importlib.util.find_spec("libtpu") is not None:
         return Place("Cloud TPU", "", 0, 0, None, "gcetpu")
+    missing = "libtpu is not installed: pip install -e '.[tpu]'" if has_tpu() else "this machine has no TPU"
     raise ValueError(
         "coordinator auto, but no cluster was found: neither a step of Slurm (SLURM_STEP_NODELIST; start with srun), "
-        "nor JobSet (JOBSET_NAME; see launch/jobset.yaml), nor Cloud TPU (libtpu; pip install 'multitap_jax[tpu]'). "
+        f"nor JobSet (JOBSET_NAME; see launch/jobset.yaml), nor Cloud TPU ({missing}). "
         "Give --coordinator=HOST:PORT --num_processes=N --process_id=I instead"
     )
 
@@ -104,7 +111,8 @@ def _slurm(environ: Mapping[str, str], port: str) -> Place:
         raise ValueError(f"SLURM_STEP_NODELIST = {nodes!r}: no list of nodes; give --coordinator=HOST:PORT")
     host = found[1] + (found[2] or "")
     count, index = _needed(environ, "SLURM_NTASKS"), _needed(environ, "SLURM_PROCID")
-    several = environ.get("SLURM_STEP_TASKS_PER_NODE", "1").partition("(")[0].partition(",")[0] != "1"
+    # "8(x2)", "1,2(x3)": of some nodes in a row
+    several = set(re.findall(r"(?:^|,)(\d+)", environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))) != {"1"}
     bound = len([x for x in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if x]) == 1
     local = (_needed(environ, "SLURM_LOCALID"),) if several and not bound else None
     return Place(f"Slurm job {environ.get('SLURM_JOB_ID', '?')}", f"{host}:{port}", count, index, local)

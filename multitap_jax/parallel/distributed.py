@@ -1,5 +1,6 @@
 """Processes of one run: how they find each other, what they tell each other, and how they end."""
 
+import hashlib
 import json
 import os
 import re
@@ -8,7 +9,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import jax
@@ -29,6 +30,8 @@ _MARGIN = 60  # by which JAX waits longer than we do: it aborts without a word o
 
 class RendezvousError(RuntimeError):
     """The processes of a run did not find each other; the message says who waited for whom, and what to check."""
+
+    exit_code = watchdog.EXIT_CODE  # a machine may have come late, or an earlier run may still be ending
 
 
 class OtherProcessError(RuntimeError):
@@ -57,8 +60,8 @@ def initialize(
 
     Raises:
       ValueError: see `find_place`.
-      RendezvousError: process 0 cannot be reached within `timeout`, or its port is taken. A process 0 whose others do
-        not come says so and exits with 1: JAX's wait for them cannot be interrupted.
+      RendezvousError: process 0 cannot be reached within `timeout`, its port is taken, or the cluster does not answer.
+        A process whose others do not come says so and exits with 75: JAX's wait for them cannot be interrupted.
     """
     place = find_place(coordinator, num_processes, process_id, os.environ)
     if place is None:
@@ -85,6 +88,13 @@ def initialize(
             initialization_timeout=int(timeout + _MARGIN),
             heartbeat_timeout_seconds=int(heartbeat),
         )
+    except (OSError, RuntimeError, ValueError) as error:
+        if place.coordinator:
+            raise
+        raise RendezvousError(
+            f"{place.how} was asked which processes there are, in vain ({type(error).__name__}: {error}); give "
+            "--coordinator=HOST:PORT --num_processes=N --process_id=I instead of auto"
+        ) from error
     finally:
         alarm.cancel()
     return place
@@ -136,7 +146,7 @@ def _give_up(place: Place, timeout: float) -> None:
         file=sys.stderr,
         flush=True,
     )
-    os._exit(1)
+    os._exit(RendezvousError.exit_code)
 
 
 def leave(code: int, error: BaseException | None = None, explained: bool = True) -> int:
@@ -199,6 +209,42 @@ def from_main(value: Any) -> Any:
 def from_each_process(content: bytes) -> list[bytes]:
     """What each process gives, on every process, in the order of the processes. Collective; one at a time travels."""
     return [_broadcast(content, source=process) for process in range(jax.process_count())]
+
+
+def agree(values: Mapping[str, Any]) -> None:
+    """Refuses to go on where processes were given different things, or see different files. Collective.
+
+    Args:
+      values: what must be the same in all processes, as JSON by name.
+
+    Raises:
+      ValueError: in all processes; names what differs, and who has what.
+    """
+    if jax.process_count() == 1:
+        return
+    content = json.dumps(values, sort_keys=True).encode()
+    digests = multihost_utils.process_allgather(np.frombuffer(hashlib.sha256(content).digest(), np.uint8))
+    if (digests == digests[0]).all():
+        return
+    said = [json.loads(part) for part in from_each_process(content)]
+    lines = []
+    for name in sorted({name for one in said for name in one}):
+        found = [one.get(name) for one in said]
+        other = next((index for index, value in enumerate(found) if value != found[0]), None)
+        if other is not None:
+            lines.append(f"{name}: process 0 has {found[0]!r}, process {other} has {found[other]!r}")
+    raise ValueError(
+        "the processes of this run do not agree on\n  "
+        + "\n  ".join(lines)
+        + "\ngive all of them the same command, and let all of them see the same files"
+    )
+
+
+def any_has(news: bool) -> bool:
+    """Whether any process has something to tell. Collective, and cheap."""
+    if jax.process_count() == 1:
+        return news
+    return bool(multihost_utils.process_allgather(np.array([news], np.int32)).any())
 
 
 def divided(items: Sequence[Item], work: Callable[[Sequence[Item]], list[Any]]) -> list[Any]:

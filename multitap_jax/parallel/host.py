@@ -35,9 +35,14 @@ _NO_TPU = {
 }
 
 
+def has_tpu() -> bool:
+    """Whether this machine has the devices that TPUs are reached by."""
+    return bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
+
+
 def hush_absent_tpu() -> None:
     """To be called before jax is used: libtpu is installed to plan with, also where no TPU is; then it keeps still."""
-    if not glob.glob("/dev/accel*") and not glob.glob("/dev/vfio/[0-9]*"):
+    if not has_tpu():
         for name, value in _NO_TPU.items():
             os.environ.setdefault(name, value)
 

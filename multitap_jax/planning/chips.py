@@ -78,7 +78,8 @@ class Topology:
         chip = CHIPS.get(found[1])
         dimensions = 1 if chip is None else chip.dimensions
         if len(sides) != dimensions or 0 in sides:
-            raise ConfigError(f"topology {text!r}: {found[1]} has {dimensions} sides of at least 1 chip; {known}")
+            form = {1: "a number", 2: "two sides", 3: "three sides"}[dimensions]
+            raise ConfigError(f"topology {text!r}: {found[1]} takes {form} of 1 or more; {known}")
         if chip is None and slices > 1:
             raise ConfigError(f"topology {text!r}: simulated devices of a CPU form no slices; leave --slices out")
         return cls(text, chip, sides, slices)

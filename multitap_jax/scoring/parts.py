@@ -17,7 +17,7 @@ import jax
 
 from multitap_jax.files import write_atomic
 from multitap_jax.parallel import watchdog
-from multitap_jax.parallel.distributed import from_main, is_main_process, wait_until
+from multitap_jax.parallel.distributed import agree, from_main, is_main_process, wait_until
 
 AHEAD = 64  # blocks that process 0 may be ahead of the others: it remembers their records
 Item = TypeVar("Item")
@@ -53,7 +53,12 @@ class Parts(Generic[Item]):
         self._held: dict[int, Any] = {}
 
     def begin(self, start: int | None = None) -> int | None:
-        """How many records are done: what the first process gives, None for nothing left to do. Collective."""
+        """How many records are done: what the first process gives, None for nothing left to do. Collective.
+
+        Raises:
+          ValueError: the processes would not do the same job.
+        """
+        agree({"job": self._identity, "records a block": self._size})
         if self._count > 1 and is_main_process() and start is not None:
             self.folder.mkdir(exist_ok=True)
         return from_main(start)

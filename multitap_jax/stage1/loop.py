@@ -5,6 +5,7 @@ So a checkpoint at step k always means: k batches used, evaluated if due, and ba
 
 import contextlib
 import dataclasses
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -61,7 +62,7 @@ class Loop:
       checkpoints, policy: where to save, and when.
       log, recorder, display, profile: what is written and shown.
       count: the work of a batch.
-      check: called with each batch taken, before it is used; what it raises stops the run.
+      check: called with the finished steps for each batch taken, before it is used; what it raises stops the run.
       beside: what `train_step` gets besides the batch of a step.
     """
 
@@ -79,7 +80,7 @@ class Loop:
     display: Display
     profile: Profile
     count: Callable[[PackedBatch], Work]
-    check: Callable[[], None]
+    check: Callable[[int], None]
     beside: Callable[[int], tuple[np.ndarray, ...]] = lambda step: ()
 
     def run(self, step: int, state: TrainState, asked_to_stop: Callable[[int], bool]) -> tuple[int, TrainState]:
@@ -98,10 +99,12 @@ class Loop:
                 self.checkpoints.save(step, state, self._goodness(step))
                 self.policy.saved()
                 watchdog.beat(f"the save of step {step}")
+            if stop:
+                self.display.say(f"stopped by SIGTERM after step {step} of {total}, which is being saved")
             if stop or done:
                 return step, state
             batch = next(batches)
-            self.check()
+            self.check(step)
             self.profile.before(step)
             with self.recorder.paused() if step == start else contextlib.nullcontext():  # the first call compiles
                 placed = shard_batch(batch, self.mesh)
@@ -149,6 +152,29 @@ class Loop:
         if value is None or not np.isfinite(value):
             return None
         return -value if name == "loss" else value
+
+
+@contextlib.contextmanager
+def explained_sigterm() -> Iterator[None]:
+    """Lets SIGTERM end the process at once, with 143 and a sentence: while there is nothing to save, inside of which
+    `sigterm` holds for the steps. Of several processes JAX takes the signal for itself, and the steps answer it.
+    """
+    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> None:
+        said = (
+            "multitap: stopped by SIGTERM where no step was under way; the same command begins, or goes on, from there"
+        )
+        os.write(2, f"\n{said}\n".encode())
+        os._exit(128 + signal.SIGTERM)  # not an exception: libraries catch those, and would take it for their own
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from multitap_jax.flops import Work, mfu
+from multitap_jax.parallel.distributed import from_main, is_main_process
 from multitap_jax.stage1.spikes import RECENT, LossSpikeError, Spike, SpikeWatch
 
 NAMED = 64  # records that a complaint names at most
@@ -28,12 +29,16 @@ class MetricsLog:
     Args:
       path: the file.
       step: finished steps of the state that the run starts from.
-      write: False in all processes but the first, which only read.
+      write: False in all processes but the first, which know of the evaluations alone.
     """
 
     def __init__(self, path: Path, step: int, *, write: bool = True):
         self._path, self._write = path, write
         self.lines = [line for line in _read(path) if line["step"] <= step]
+        # All processes must know of the same evaluations, whatever their file systems show them at this moment.
+        judged = from_main([line for line in self.lines if "evaluation" in line])
+        if not is_main_process():
+            self.lines = judged
         if write:
             part = path.with_suffix(".part")
             part.write_text("".join(json.dumps(line) + "\n" for line in self.lines))

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from multitap_jax.data.records import Rejected, check_rejected_share, read_rejected, write_rejected
+from multitap_jax.parallel.distributed import any_has, from_each_process
 
 FLAGS = "--config.data."  # what `train` calls the settings that other verbs have as --max_rejected, ...
 
@@ -31,6 +32,7 @@ class Rejects:
         self._max_rejected = max_rejected
         self._kept = dict.fromkeys(read_rejected(self._file) if resumed else [])
         self._sources: dict[Path, tuple[int, dict[Rejected, None]]] = {}
+        self._news: list[tuple[Path, Rejected]] = []  # found by this process alone, of which no other knows
         self._lock = threading.Lock()
         if self._main:
             write_rejected(file, self._kept)
@@ -46,6 +48,8 @@ class Rejects:
             self._sources[source][1].update(dict.fromkeys(found))
             new = [item for item in found if item not in self._kept]
             self._kept.update(dict.fromkeys(new))
+            if not by_all:
+                self._news += [(source, item) for item in found]
             if new and (self._main or not by_all):
                 with self._file.open("a", encoding="utf-8") as file:
                     file.writelines(json.dumps(asdict(item)) + "\n" for item in new)
@@ -57,6 +61,21 @@ class Rejects:
             by_file.setdefault(origin[item.id or ""], []).append(item)
         for source, items in by_file.items():
             self.add(source, items, by_all=by_all)
+
+    def exchange(self) -> None:
+        """Learns what other processes have found in their pictures. Collective.
+
+        Each sees but its share: of many processes none would notice that all pictures are gone.
+        """
+        with self._lock:
+            news, self._news = self._news, []
+        if not any_has(bool(news)):
+            return
+        told = json.dumps([[str(source), asdict(item)] for source, item in news]).encode()
+        with self._lock:
+            for source, item in (entry for part in from_each_process(told) for entry in json.loads(part)):
+                self._sources[Path(source)][1][Rejected(**item)] = None
+                self._kept[Rejected(**item)] = None
 
     def judge(self) -> None:
         """Raises RecordsError where a source has lost more than `max_rejected` of its records, or all."""

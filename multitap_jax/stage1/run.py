@@ -11,7 +11,8 @@ import jax
 from flax import nnx
 from rich.console import Console
 
-from multitap_jax.config import COMPARING, ConfigError, TrainConfig
+from multitap_jax.config import COMPARING, ConfigError, TrainConfig, dotted
+from multitap_jax.data.decode import ImageError
 from multitap_jax.data.pipeline import PackedDataset
 from multitap_jax.data.prepare import prepare
 from multitap_jax.data.processing import Contract, Processing
@@ -19,13 +20,14 @@ from multitap_jax.data.records import Record, Rejected, iter_records, split_by_g
 from multitap_jax.data.tables import REJECTED_NAME, find_records_file
 from multitap_jax.families import read_config
 from multitap_jax.files import sole_writer
-from multitap_jax.parallel.distributed import is_main_process
+from multitap_jax.parallel.distributed import agree, from_main, is_main_process
 from multitap_jax.parallel.host import keep_compiled_programs
 from multitap_jax.parallel.mesh import batch_shards, make_mesh, own_shards, param_shardings
 from multitap_jax.reward import RewardHead, RewardModel
 from multitap_jax.scoring.artefact import Artefact
 from multitap_jax.scoring.manifest import MANIFEST, Overall
 from multitap_jax.scoring.progress import progress_bar
+from multitap_jax.stage1.loop import explained_sigterm
 from multitap_jax.stage1.mixture import Origin, training_records
 from multitap_jax.stage1.record import provenance
 from multitap_jax.stage1.rejects import FLAGS, Rejects
@@ -57,7 +59,7 @@ def run_training(config: TrainConfig, workdir: str | Path) -> RunResult:
       FolderInUseError: another run is writing into `workdir`.
     """
     main = is_main_process()
-    with sole_writer(Path(workdir)) if main else contextlib.nullcontext():
+    with sole_writer(Path(workdir)) if main else contextlib.nullcontext(), explained_sigterm():
         return _run(config, Path(workdir), Console(stderr=True, quiet=not main))
 
 
@@ -70,6 +72,7 @@ def _run(config: TrainConfig, workdir: Path, console: Console) -> RunResult:
     base = checkpoint.folder
     # A branch of the hub may move while a run is stopped: what is recorded, and compared, is the commit.
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, checkpoint=checkpoint.address))
+    agree(dotted(config))
     mesh = make_mesh(config.mesh)
     processing = Processing.from_folder(base, _contract(config, base))
     rejects = Rejects(
@@ -90,16 +93,22 @@ def _run(config: TrainConfig, workdir: Path, console: Console) -> RunResult:
         f"{dataset.efficiency:.0%} of the tokens are used"
     )
     before = len(rejects)
-    result = train(config, workdir, model, dataset, evaluation, mesh=mesh, check=rejects.judge)
-    rejects.judge()
+
+    def check(step: int, last: bool = False) -> None:
+        if last or step % config.log_every == 0:
+            rejects.exchange()
+        rejects.judge()
+
+    result = train(config, workdir, model, dataset, evaluation, mesh=mesh, check=check)
+    check(result.step, last=True)
     if lost := len(rejects) - before:
         console.print(f"[bold]{lost} records lost their picture during the run[/] and did not count: {REJECTED_NAME}")
     if not result.finished:
         return RunResult(result, None)
     origin = provenance(config, dataset.fingerprint, dataset.num_steps)
-    if (saved := _finished_before(workdir / "artefact", result, origin)) is not None:
-        console.print(f"{saved.folder} is from this run and stays as it is")
-        return RunResult(result, saved)
+    if from_main(_finished_before(workdir / "artefact", result, origin)):
+        console.print(f"{workdir / 'artefact'} is from this run and stays as it is")
+        return RunResult(result, Artefact.open(workdir / "artefact"))
     artefact = Artefact.save(
         workdir / "artefact",
         merge_lora(result.model),
@@ -115,12 +124,11 @@ def _run(config: TrainConfig, workdir: Path, console: Console) -> RunResult:
     return RunResult(result, artefact)
 
 
-def _finished_before(folder: Path, result: TrainResult, origin: dict[str, Any]) -> Artefact | None:
-    """The artefact of an earlier end of this run, which may have ridge heads by now; None if there is none."""
+def _finished_before(folder: Path, result: TrainResult, origin: dict[str, Any]) -> bool:
+    """Whether there is an artefact of an earlier end of this run, which may have ridge heads by now."""
     if result.steps_now or not (folder / MANIFEST).is_file():
-        return None
-    saved = Artefact.open(folder)
-    return saved if saved.manifest.provenance == json.loads(json.dumps(origin)) else None
+        return False
+    return Artefact.open(folder).manifest.provenance == json.loads(json.dumps(origin))
 
 
 def _contract(config: TrainConfig, base: Path) -> Contract:
@@ -185,6 +193,17 @@ def _dataset(
         )
     rejects.add_from(origin, prepared.rejected)
     rejects.judge()
+    own = own_shards(mesh)
+    shared = len(own) * jax.process_count() > batch_shards(mesh)
+
+    def lost(broken: list[Rejected]) -> None:
+        rejects.add_from(origin, broken, by_all=False)
+        if shared:  # the others would go on with what this process leaves out
+            raise ImageError(
+                f"{broken[0].reason} (record {broken[0].id}); config.mesh.tensor gives its row to others, too, "
+                "which may have read it: put the picture right, and give all processes the same command again"
+            )
+
     return PackedDataset(
         prepared,
         processing.reader,
@@ -196,9 +215,9 @@ def _dataset(
         shuffle="none" if held_out else config.data.shuffle,
         row_length=config.data.row_length,
         cells=batch_shards(mesh) * accumulation,
-        own=[shard * accumulation + part for shard in own_shards(mesh) for part in range(accumulation)],
+        own=[shard * accumulation + part for shard in own for part in range(accumulation)],
         compare=config.objective == COMPARING and not held_out,
-        on_failure=lambda broken: rejects.add_from(origin, broken, by_all=False),
+        on_failure=lost,
     )
 
 

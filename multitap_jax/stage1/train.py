@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +15,9 @@ from multitap_jax.backbones import Execution
 from multitap_jax.batch import PackedBatch
 from multitap_jax.checkpoint import CheckpointError, Checkpoints, DamagedError, SavePolicy
 from multitap_jax.checksum import checksum
-from multitap_jax.config import COMPARING, ConfigError, TrainConfig, to_dict
+from multitap_jax.config import COMPARING, ConfigError, TrainConfig, dotted
 from multitap_jax.flops import Work, count_work, peak_flops, train_flops
-from multitap_jax.parallel.distributed import is_main_process
+from multitap_jax.parallel.distributed import agree, is_main_process
 from multitap_jax.parallel.mesh import HOST_MEMORY, make_mesh
 from multitap_jax.reward import RewardModel
 from multitap_jax.stage1.loop import Dataset, Loop, sigterm
@@ -65,7 +64,7 @@ def train(
     eval_dataset: Dataset | None = None,
     *,
     mesh: Mesh | None = None,
-    check: Callable[[], None] = lambda: None,
+    check: Callable[[int], None] = lambda step: None,
     clock: Callable[[], float] = time.monotonic,
     peak: float | None = None,
 ) -> TrainResult:
@@ -79,12 +78,14 @@ def train(
       dataset: every step of every epoch.
       eval_dataset: held-out pairs, one pass; None for no evaluation.
       mesh: where the model lies; None makes `config.mesh`.
-      check: called with each batch taken, before it is used; what it raises stops the run.
+      check: called with the finished steps for each batch taken, before it is used, by all processes; what it raises
+        stops the run.
       clock: seconds, monotonic; for the time between saves and for rates.
       peak: FLOP/s of one device for the MFU; None looks it up, and prints "n/a" where it is unknown.
 
     Raises:
       ConfigError: settings that contradict each other or the devices.
+      ValueError: the processes of the run do not agree on settings, data, weights or checkpoints.
       CheckpointError: the run in `workdir` is another one, or all its checkpoints are damaged.
       NonFiniteError: loss or gradient is NaN or infinite; names the records. The last checkpoint is a good one.
       LossSpikeError: the loss rose by `config.spike_factor` and stayed there; names the records.
@@ -97,13 +98,16 @@ def train(
     execution = Execution(dtype=config.model.dtype, remat=config.model.remat, attention=config.model.attention)
     target = abstract_state(split, optimizer, mesh, offload=offload)
     messages: list[str] = []
+    identity = _identity(config, dataset, checksum(split.frozen))
     checkpoints = Checkpoints(
         workdir / CHECKPOINTS,
         keep=config.checkpoint.keep,
         keep_best=config.checkpoint.keep_best,
-        identity=_identity(config, dataset, checksum(split.frozen)),
+        best_by=_judged_by(config, eval_dataset),
+        identity=identity,
         report=messages.append,
     )
+    agree({**dotted(config), **identity, "weights": checksum(split.trainable), "checkpoints": checkpoints.steps()})
     profile = Profile(workdir / PROFILE, *config.profile)
     with contextlib.closing(checkpoints), contextlib.closing(profile), sigterm() as asked_to_stop:
         restored = checkpoints.restore(target)
@@ -148,11 +152,8 @@ def train(
             checkpoints.wait()
             display.summary(summary(log, workdir, step, total, clock() - began, step - start))
             done, judged = step >= total, step
-            if done and config.checkpoint.final == "best" and (best := checkpoints.best()) not in (None, step):
-                display.say(f"the artefact is of step {best}, the best by held-out {config.checkpoint.best_by}")
-                for leaf in jax.tree.leaves(state):  # two would not fit on a device
-                    leaf.delete()
-                judged, state = best, _load_best(checkpoints, best, target)
+            if done and config.checkpoint.final == "best":
+                judged, state = _best(checkpoints, step, state, target, config.checkpoint.best_by, display)
     return TrainResult(
         step, step - start, done, split.model(state.trainable), log.evaluations().get(judged) if done else None
     )
@@ -178,9 +179,25 @@ def _recorder(
     return Recorder(dataset.record_ids, flops, mesh.size, peak, clock, SpikeWatch(config.spike_factor))
 
 
-def _load_best(checkpoints: Checkpoints, step: int, target: TrainState) -> TrainState:
+def _judged_by(config: TrainConfig, eval_dataset: Dataset | None) -> str:
+    """What a held-out number is of: other pairs, or another number, make another order of the states."""
+    return "" if eval_dataset is None else f"{config.checkpoint.best_by} of {eval_dataset.fingerprint[:16]}"
+
+
+def _best(
+    checkpoints: Checkpoints, step: int, state: TrainState, target: TrainState, name: str, display: Display
+) -> tuple[int, TrainState]:
+    """The best state and its step; the given one, which is used up otherwise, where it is the best or none is."""
+    best = checkpoints.best()
+    if best is None:
+        display.say(f"no state has a finite held-out {name}: the artefact is of the last step, {step}")
+    if best in (None, step):
+        return step, state
+    display.say(f"the artefact is of step {best}, the best by held-out {name}")
+    for leaf in jax.tree.leaves(state):  # two would not fit on a device
+        leaf.delete()
     try:
-        return checkpoints.load(step, target)
+        return best, checkpoints.load(best, target)
     except DamagedError as error:
         raise CheckpointError(
             f"{error}; with --config.checkpoint.final=last the last state is saved instead"
@@ -189,19 +206,17 @@ def _load_best(checkpoints: Checkpoints, step: int, target: TrainState) -> Train
 
 def _identity(config: TrainConfig, dataset: Dataset, frozen: int) -> dict[str, Any]:
     """What must not change between two parts of one run. Mesh, micro-batches, remat, types and cadences may."""
-    values = {"optimizer": to_dict(config.optimizer), "trainable": to_dict(config.trainable)}
+    settings = dotted(config.optimizer, "config.optimizer") | dotted(config.trainable, "config.trainable")
     for name in ("mean_dtype", "offload"):
-        del values["optimizer"][name]
-    flat = {f"config.{s}.{k}": v for s, section in values.items() for k, v in section.items()}
-    flat |= {f"config.{key}": getattr(config, key) for key in ("batch_size", "epochs", "seed")}
+        del settings[f"config.optimizer.{name}"]
+    settings |= {f"config.{key}": getattr(config, key) for key in ("batch_size", "epochs", "seed")}
     if config.objective != TrainConfig.objective:  # runs begun before there was a choice have no entry
-        flat["config.objective"] = config.objective
+        settings["config.objective"] = config.objective
         if config.objective == "huber":
-            flat["config.huber_delta"] = config.huber_delta
+            settings["config.huber_delta"] = config.huber_delta
     if config.model.checkpoint.startswith(HUB):  # a folder may move, a commit is what it is
-        flat["config.model.checkpoint"] = config.model.checkpoint
-    plain = json.loads(json.dumps(flat))  # as it comes back from a file: tuples are lists
-    return {**plain, "data": dataset.fingerprint, "steps": dataset.num_steps, "frozen weights": frozen}
+        settings["config.model.checkpoint"] = config.model.checkpoint
+    return {**settings, "data": dataset.fingerprint, "steps": dataset.num_steps, "frozen weights": frozen}
 
 
 def _work_counter(config: Any) -> Callable[[PackedBatch], Work]:

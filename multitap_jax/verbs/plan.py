@@ -82,6 +82,9 @@ def run(values: flags.FlagValues) -> int:
     from multitap_jax.planning.report import print_plan, to_json
     from multitap_jax.planning.workload import Assumptions
 
+    for name in ("json", "shardings"):  # said before minutes of compiling, not after
+        if (path := values[name].value) and not Path(path).parent.is_dir():
+            raise ValueError(f"--{name}={path}: there is no folder {Path(path).parent}; make it, or choose another")
     config = from_config_dict(TrainConfig, values.config.to_dict())
     model = values.model or config.model.checkpoint
     if not model:

@@ -61,6 +61,7 @@ def load_backbone(
 
     def read(source: Stored, rows: slice) -> np.ndarray:
         value = source.read(slice(None) if on_read else rows)
+        watchdog.beat("reading the weights")
         finite(source, value)
         if on_read is None:
             return value

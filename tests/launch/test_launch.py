@@ -106,6 +106,13 @@ def test_wrong_usage_is_explained(script):
     assert f"usage: launch/{script}" in found.stderr
 
 
+def test_local_tells_the_one_that_failed_from_those_that_lost_it(programs):
+    programs("multitap", "case $MULTITAP_PROCESS_ID in 0) exit 76;; 1) sleep 1; exit 7;; *) sleep 2; exit 134;; esac")
+    assert launch("local.sh", "3", "train").returncode == 7
+    programs("multitap", "[[ $MULTITAP_PROCESS_ID == 0 ]] && exit 76; exec sleep 100")
+    assert launch("local.sh", "2", "train").returncode == 76
+
+
 @pytest.mark.parametrize(("code", "restarts", "requeued"), [(143, 0, 1), (75, 3, 1), (76, 10, 0), (1, 0, 0), (0, 0, 0)])
 def test_slurm_runs_the_verb_and_queues_again_what_may_go_on(programs, tmp_path, code, restarts, requeued):
     log = tmp_path / "log"
@@ -115,6 +122,17 @@ def test_slurm_runs_the_verb_and_queues_again_what_may_go_on(programs, tmp_path,
     assert found.returncode == code
     expected = ["srun auto --kill-on-bad-exit=1 multitap train --workdir=w"] + ["scontrol requeue 12"] * requeued
     assert log.read_text().splitlines() == expected
+
+
+def test_slurm_does_not_queue_again_what_one_process_has_explained(programs, tmp_path):
+    """The others, which lost it, have the higher code, and that is the one srun gives."""
+    log = tmp_path / "log"
+    programs("srun", "echo out; echo 'srun: error: n1: tasks 1,3-4: Exited with exit code 1' >&2; exit 76")
+    programs("scontrol", f'echo "scontrol $*" >> {log}')
+    found = launch("slurm.sbatch", "train", SLURM_JOB_ID="12")
+    assert (found.returncode, found.stdout) == (76, "out\n")
+    assert "not queued again: srun: error: n1: tasks 1,3-4: Exited with exit code 1" in found.stderr
+    assert not log.exists()
 
 
 def test_tpu_vm_quotes_what_it_sends(programs, tmp_path):

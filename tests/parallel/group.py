@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -57,6 +58,13 @@ def start(command: list[str], count: int, folder: Path, **changes: object) -> Gr
         with logs[-1].open("w") as log:
             processes.append(subprocess.Popen(command, cwd=ROOT, env=variables, stdout=subprocess.DEVNULL, stderr=log))
     return Group(processes, logs)
+
+
+def when(happened: Callable[[], bool], group: Group) -> None:
+    """Waits for something that a running process does."""
+    while not happened():
+        assert all(process.poll() is None for process in group.processes), group.log(0) + group.log(1)
+        time.sleep(0.02)
 
 
 def verbs(commands: list[list[object]], count: int, folder: Path, **changes: object) -> Group:

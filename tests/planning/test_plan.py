@@ -143,13 +143,17 @@ def test_help_teaches(capsys):
     ("flags", "message"),
     [
         (["--topology=v9:8x8"], r"topology 'v9:8x8': known are v5e:8x8, v5p:4x4x4, v6e:8x8 and cpu:8"),
-        (["--topology=v5p:8x8"], r"v5p has 3 sides of at least 1 chip"),
+        (["--topology=v5p:8x8"], r"v5p takes three sides of 1 or more"),
         (["--topology=cpu:8", "--slices=2"], r"simulated devices of a CPU form no slices"),
         (["--topology=cpu:8", "--model=qwen-vl-7b"], r"'qwen-vl-7b' is no folder.*did you mean qwen2-vl-7b\?"),
         (["--topology=cpu:8", "--config.mesh.fsdp=3"], r"fsdp=3.*3, must equal the number of devices, 8"),
         (
             ["--topology=cpu:8", "--config.mesh.tensor=8"],
             r"config\.mesh\.tensor = 8 does not divide text\.num_heads = 28",
+        ),
+        (
+            ["--topology=cpu:8", "--json=nowhere/plan.json"],
+            r"--json=nowhere/plan.json: there is no folder nowhere; make it",
         ),
         (["--topology=cpu:9"], r"JAX was started with 8 CPU devices"),
         (["--topology=cpu:8", "--picture=big"], r"--picture=big: expected WIDTHxHEIGHT"),

@@ -28,17 +28,19 @@ def compiled(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        patch.setenv("JAX_NUM_CPU_DEVICES", "2")
         yield
 
 
-def command(workdir, kill, devices, steps):
-    return [sys.executable, "-m", "tests.stage1.loop_script", str(workdir), str(kill), str(devices), str(steps)]
+def command(workdir, kill, steps):
+    mesh = json.dumps({"data": 1, "fsdp": 2})
+    return [sys.executable, "-m", "tests.stage1.loop_script", str(workdir), str(kill), str(steps), mesh]
 
 
-def script(workdir, kill=-1, devices=2, steps=6):
+def script(workdir, kill=-1, steps=6):
     workdir.mkdir(exist_ok=True)
     options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 600}
-    return subprocess.run(command(workdir, kill, devices, steps), **options)
+    return subprocess.run(command(workdir, kill, steps), **options)
 
 
 def assert_same_end(one, two):
@@ -66,7 +68,7 @@ def test_sigkill_at_many_random_moments_changes_nothing(tmp_path):
     log, kills = workdir / "metrics.jsonl", 0
     while kills < KILLS:
         size = log.stat().st_size if log.exists() else 0
-        run = subprocess.Popen(command(workdir, -1, 2, steps), cwd=ROOT, stderr=subprocess.DEVNULL)
+        run = subprocess.Popen(command(workdir, -1, steps), cwd=ROOT, stderr=subprocess.DEVNULL)
         while run.poll() is None and (not log.exists() or log.stat().st_size == size):
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.2))
@@ -158,3 +160,37 @@ def test_the_best_states_stay_and_the_best_becomes_the_result(tmp_path, capsys):
     assert {int(path.name) for path in (tmp_path / "checkpoints").iterdir()} == {*ranked[:2], 12}
     assert result.evaluation == found[ranked[0]]
     assert f"the artefact is of step {ranked[0]}, the best by held-out loss" in capsys.readouterr().err
+
+
+class Equal(ToyDataset):
+    """All targets are one number, which no order can agree with."""
+
+    def batch(self, step):
+        batch = super().batch(step)
+        return batch._replace(target=np.where(batch.weight > 0, 0.5, 0.0).astype(np.float32))
+
+
+def test_where_nothing_can_be_judged_the_last_state_is_taken_and_that_is_said(tmp_path, capsys):
+    settings = CheckpointConfig(every_steps=0, every_minutes=0, keep_best=1, best_by="tau_b", final="best")
+    config = dataclasses.replace(CONFIG, checkpoint=settings)
+    held_out = Equal(num_steps=1, offset=100)
+    result = train(config, tmp_path, toy_model(), ToyDataset(), held_out)
+    assert result.evaluation["tau_b"] is None
+    assert "no state has a finite held-out tau_b: the artefact is of the last step, 6" in capsys.readouterr().err
+
+
+EARLY = """
+import os, signal
+from multitap_jax.stage1.loop import explained_sigterm
+with explained_sigterm():
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("still here")
+"""
+
+
+def test_sigterm_before_the_first_step_says_that_nothing_is_lost():
+    found = subprocess.run([sys.executable, "-c", EARLY], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (found.returncode, found.stdout) == (143, "")
+    assert (
+        "multitap: stopped by SIGTERM where no step was under way; the same command begins, or goes on" in found.stderr
+    )

@@ -218,9 +218,10 @@ def real_batch(seed: int, rows: int = 4, tokens: int = 6):
     )
 
 
-def test_fsdp_gathers_weights_and_never_activations():
+@pytest.mark.parametrize("config", [MESHES["fsdp"], MeshConfig(data=2, fsdp=4)])
+def test_fsdp_gathers_weights_and_never_activations(config):
     """Otherwise every device would hold the activations of the whole batch. The length of the rows, 46, tells them."""
-    mesh, length = make_mesh(MESHES["fsdp"]), 46
+    mesh, length = make_mesh(config), 46
     model = RewardModel(
         from_config(tiny_config(num_hidden_layers=2, vision_depth=1), rngs=nnx.Rngs(0)),
         RewardHead(64, rngs=nnx.Rngs(1)),

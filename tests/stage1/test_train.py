@@ -183,7 +183,8 @@ def test_a_step_without_pairs_is_logged_without_a_loss(tmp_path, capsys):
 def test_the_check_stops_the_run_before_the_batch_is_used(tmp_path):
     calls = []
 
-    def check():
+    def check(step):
+        assert step == len(calls)
         calls.append(len(lines(tmp_path)))
         if len(calls) == 3:
             raise RuntimeError("enough")

@@ -56,7 +56,7 @@ class ToyBackbone(nnx.Module):
 
     def __call__(self, batch: PackedBatch, execution: Execution) -> jax.Array:
         dtype = execution.compute_dtype
-        x = self.text.embed(batch.tokens, dtype)
+        x = self.text.embed(batch.tokens, dtype, execution.mesh)
         patches = batch.patches.astype(dtype) / jnp.asarray(255, dtype)
         rows, count, _ = patches.shape
         features = self.vision.proj(patches.reshape(rows * count // 4, 4 * FEATURES))
