@@ -10,11 +10,11 @@ The second form takes records with the ratings of several people, such as those 
 import argparse
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from multitap_jax.evaluation.scores import read_scores
 
 from experiments.common import demo_of, keep, parser
 from multitap_jax.data.records import load_records
@@ -24,6 +24,7 @@ from multitap_jax.demo.world import scene_index
 from multitap_jax.display import TextTable
 from multitap_jax.evaluation.ceiling import Ceiling, noise_ceiling
 from multitap_jax.evaluation.correlation import kendall_tau, pearson
+from multitap_jax.evaluation.scores import read_scores
 
 RATERS = (2, 3, 5, 10)
 NOISES = (ANNOTATOR_NOISE, 1.0, 2.0)
@@ -79,9 +80,11 @@ def real_raters(options: argparse.Namespace) -> list[Case]:
         raise SystemExit(f"{options.input}: {len(rated)} of {len(records)} records have all of {', '.join(names)}")
     ratings = np.array([[r.ratings[name] for name in names] for r in rated], np.float64)
     if not options.scores:
-        return [judged(str(options.input), ratings, "mean of raters", ratings.mean(1))]
+        return [judged(Path(options.input).name, ratings, "mean of raters", ratings.mean(1))]
     scores = dict(zip((r.id for r in records), read_scores(options.scores, [r.id for r in records]), strict=True))
-    return [judged(str(options.input), ratings, options.scores, np.array([scores[r.id] for r in rated]))]
+    return [
+        judged(Path(options.input).name, ratings, Path(options.scores).name, np.array([scores[r.id] for r in rated]))
+    ]
 
 
 def table_of(cases: list[Case]) -> TextTable:
