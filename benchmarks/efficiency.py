@@ -1,6 +1,6 @@
 """What one forward saves against the rivals that generate: time and memory a pair, same backbone and machine, one run.
 
-  python benchmarks/efficiency.py [--pairs=4] [--repeats=3] [--models=4M,20M,60M] [--new-tokens=64]
+  python benchmarks/efficiency.py [--models=3M,17M,47M] [--vary=texts,words,single,many] [--pairs=4] [--repeats=3]
 
 A score is one forward (`Scorer.score`). The rivals are those of `multitap_jax.evaluation.baselines`, on the same random
 weights, in float32, from decoded pictures of 560 x 560 (400 image tokens):
@@ -48,7 +48,7 @@ from multitap_jax.weights.hub import save_backbone
 
 VOCABULARY = 32000
 # hidden size, layers, heads of the decoder; size, layers of the tower
-MODELS = {"4M": (80, 4, 2, 64, 2), "20M": (288, 6, 4, 160, 4), "60M": (512, 8, 8, 256, 6)}
+MODELS = {"3M": (80, 4, 2, 64, 2), "17M": (288, 6, 4, 160, 4), "47M": (512, 8, 8, 256, 6)}
 
 
 @dataclass(frozen=True)
@@ -149,18 +149,24 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=4, help="pairs at a time, but where they are varied")
     parser.add_argument("--repeats", type=int, default=3, help="timed turns; the median counts")
     parser.add_argument("--models", default=",".join(MODELS), help="sizes, the last one is varied")
-    parser.add_argument("--plain", action="store_true", help="vary nothing but the size")
+    parser.add_argument("--vary", default="texts,words,single,many", help="of the last size; empty: nothing")
     parser.add_argument("--new-tokens", type=int, default=64, help="length of a verdict")
     args = parser.parse_args()
     sizes, largest = args.models.split(","), args.models.split(",")[-1]
     plain = Case(pairs=args.pairs)
-    varied = [Case(texts=6, pairs=6), Case(words=90, pairs=args.pairs), Case(pairs=1), Case(pairs=4 * args.pairs)]
+    varied = {
+        "texts": Case(texts=6, pairs=6),
+        "words": Case(words=90, pairs=args.pairs),
+        "single": Case(pairs=1),
+        "many": Case(pairs=4 * args.pairs),
+    }
     growth = {}
     for size in sizes:
         with tempfile.TemporaryDirectory() as folder:
             scorer, judge, parameters = build(Path(folder), size)
             print(f"\n{size}: {parameters / 1e6:.1f} M parameters")
-            cases = [plain, *varied] if size == largest and not args.plain else [plain]
+            names = args.vary.split(",") if size == largest and args.vary else []
+            cases = [plain, *(varied[name] for name in names)]
             found = []
             for case in cases:
                 pairs = make_pairs(case.pairs // case.texts, case.texts, np.random.default_rng(0), case.words)
