@@ -12,13 +12,12 @@ weights, in float32, from decoded pictures of 560 x 560 (400 image tokens):
 
 Both sides share prefixes, pack rows and take the same attention; all programs are compiled before the clock starts, and
 ways take turns. Printed for each: CPU and wall milliseconds a pair (medians), how many times the forward's that is, and
-the rise of anonymous memory while it runs. Varied one at a time: texts a picture, words a text, pairs at a time, and
-the size of the model.
+the memory of its largest program besides weights and batch (XLA's count). Varied one at a time: texts a picture, words
+a text, pairs at a time, and the size of the model.
 """
 
 import argparse
-import ctypes
-import gc
+import contextlib
 import statistics
 import sys
 import tempfile
@@ -27,12 +26,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from flax import nnx
-from ridge_methods import Memory  # beside this file
 from scoring import SIDE, WORDS, make_pairs  # beside this file
 
+import multitap_jax.evaluation.baselines.judge as judge_module
+import multitap_jax.scoring.scorer as scorer_module
 from multitap_jax import Scorer
 from multitap_jax.data.processing import Contract
 from multitap_jax.data.stream import Pair
@@ -122,16 +123,31 @@ def timed(found: dict[str, Callable[[], Any]], repeats: int) -> dict[str, tuple[
     return {n: tuple(statistics.median(column) for column in zip(*c, strict=True)) for n, c in clocks.items()}
 
 
-def rises(found: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Megabytes that each way takes while it runs, compiled before."""
+Call = tuple[Any, tuple[Any, ...], dict[str, Any]]  # a compiled function and what it was called with
+PROGRAMS = ((scorer_module, "forward"), (judge_module, "greedy"), (judge_module, "first_tokens"))
+
+
+def spied(program: Any, calls: list[Call]) -> Callable[..., Any]:
+    """The same function, which writes down how it is called."""
+
+    def call(*args: Any, **options: Any) -> Any:
+        calls.append((program, args, options))
+        return program(*args, **options)
+
+    return call
+
+
+def temporaries(found: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Megabytes that the largest program of each way holds besides weights and batch, by XLA's own count."""
     out = {}
     for name, way in found.items():
-        way()
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        with Memory() as memory:
+        calls: list[Call] = []
+        with contextlib.ExitStack() as stack:
+            for module, program in PROGRAMS:
+                stack.enter_context(mock.patch.object(module, program, spied(getattr(module, program), calls)))
             way()
-        out[name] = memory.rise
+        compiled = [program.lower(*args, **options).compile() for program, args, options in calls]
+        out[name] = max(program.memory_analysis().temp_size_in_bytes for program in compiled) / 1e6
     return out
 
 
@@ -152,6 +168,7 @@ def main() -> None:
     parser.add_argument("--vary", default="texts,words,single,many", help="of the last size; empty: nothing")
     parser.add_argument("--new-tokens", type=int, default=64, help="length of a verdict")
     args = parser.parse_args()
+    keep_freed_memory()  # as the program does
     sizes, largest = args.models.split(","), args.models.split(",")[-1]
     plain = Case(pairs=args.pairs)
     varied = {
@@ -171,8 +188,7 @@ def main() -> None:
             for case in cases:
                 pairs = make_pairs(case.pairs // case.texts, case.texts, np.random.default_rng(0), case.words)
                 found.append(ways(scorer, judge, pairs, args.new_tokens))
-            memory = [rises(found[0])] if size == largest else []
-            keep_freed_memory()  # as the program does, once memory is measured
+            memory = [temporaries(found[0])] if size == largest else []
             for case, ways_of, rise in zip(cases, found, memory + [{}] * len(cases), strict=False):
                 seconds = timed(ways_of, args.repeats)
                 report(size, case, seconds, rise)
