@@ -1,6 +1,6 @@
 """What one forward saves against the rivals that generate: time and memory a pair, same backbone and machine, one run.
 
-  python benchmarks/efficiency.py [--pairs=4] [--repeats=3] [--models=4M,20M,60M] [--new-tokens=64]
+  python benchmarks/efficiency.py [--models=3M,17M,47M] [--vary=texts,words,single,many] [--pairs=4] [--repeats=3]
 
 A score is one forward (`Scorer.score`). The rivals are those of `multitap_jax.evaluation.baselines`, on the same random
 weights, in float32, from decoded pictures of 560 x 560 (400 image tokens):
@@ -12,13 +12,12 @@ weights, in float32, from decoded pictures of 560 x 560 (400 image tokens):
 
 Both sides share prefixes, pack rows and take the same attention; all programs are compiled before the clock starts, and
 ways take turns. Printed for each: CPU and wall milliseconds a pair (medians), how many times the forward's that is, and
-the rise of anonymous memory while it runs. Varied one at a time: texts a picture, words a text, pairs at a time, and
-the size of the model.
+the memory of its largest program besides weights and batch (XLA's count). Varied one at a time: texts a picture, words
+a text, pairs at a time, and the size of the model.
 """
 
 import argparse
-import ctypes
-import gc
+import contextlib
 import statistics
 import sys
 import tempfile
@@ -27,12 +26,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from flax import nnx
-from ridge_methods import Memory  # beside this file
 from scoring import SIDE, WORDS, make_pairs  # beside this file
 
+import multitap_jax.evaluation.baselines.judge as judge_module
+import multitap_jax.scoring.scorer as scorer_module
 from multitap_jax import Scorer
 from multitap_jax.data.processing import Contract
 from multitap_jax.data.stream import Pair
@@ -48,7 +49,7 @@ from multitap_jax.weights.hub import save_backbone
 
 VOCABULARY = 32000
 # hidden size, layers, heads of the decoder; size, layers of the tower
-MODELS = {"4M": (80, 4, 2, 64, 2), "20M": (288, 6, 4, 160, 4), "60M": (512, 8, 8, 256, 6)}
+MODELS = {"3M": (80, 4, 2, 64, 2), "17M": (288, 6, 4, 160, 4), "47M": (512, 8, 8, 256, 6)}
 
 
 @dataclass(frozen=True)
@@ -122,16 +123,31 @@ def timed(found: dict[str, Callable[[], Any]], repeats: int) -> dict[str, tuple[
     return {n: tuple(statistics.median(column) for column in zip(*c, strict=True)) for n, c in clocks.items()}
 
 
-def rises(found: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Megabytes that each way takes while it runs, compiled before."""
+Call = tuple[Any, tuple[Any, ...], dict[str, Any]]  # a compiled function and what it was called with
+PROGRAMS = ((scorer_module, "forward"), (judge_module, "greedy"), (judge_module, "first_tokens"))
+
+
+def spied(program: Any, calls: list[Call]) -> Callable[..., Any]:
+    """The same function, which writes down how it is called."""
+
+    def call(*args: Any, **options: Any) -> Any:
+        calls.append((program, args, options))
+        return program(*args, **options)
+
+    return call
+
+
+def temporaries(found: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Megabytes that the largest program of each way holds besides weights and batch, by XLA's own count."""
     out = {}
     for name, way in found.items():
-        way()
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        with Memory() as memory:
+        calls: list[Call] = []
+        with contextlib.ExitStack() as stack:
+            for module, program in PROGRAMS:
+                stack.enter_context(mock.patch.object(module, program, spied(getattr(module, program), calls)))
             way()
-        out[name] = memory.rise
+        compiled = [program.lower(*args, **options).compile() for program, args, options in calls]
+        out[name] = max(program.memory_analysis().temp_size_in_bytes for program in compiled) / 1e6
     return out
 
 
@@ -149,24 +165,30 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=4, help="pairs at a time, but where they are varied")
     parser.add_argument("--repeats", type=int, default=3, help="timed turns; the median counts")
     parser.add_argument("--models", default=",".join(MODELS), help="sizes, the last one is varied")
-    parser.add_argument("--plain", action="store_true", help="vary nothing but the size")
+    parser.add_argument("--vary", default="texts,words,single,many", help="of the last size; empty: nothing")
     parser.add_argument("--new-tokens", type=int, default=64, help="length of a verdict")
     args = parser.parse_args()
+    keep_freed_memory()  # as the program does
     sizes, largest = args.models.split(","), args.models.split(",")[-1]
     plain = Case(pairs=args.pairs)
-    varied = [Case(texts=6, pairs=6), Case(words=90, pairs=args.pairs), Case(pairs=1), Case(pairs=4 * args.pairs)]
+    varied = {
+        "texts": Case(texts=6, pairs=6),
+        "words": Case(words=90, pairs=args.pairs),
+        "single": Case(pairs=1),
+        "many": Case(pairs=4 * args.pairs),
+    }
     growth = {}
     for size in sizes:
         with tempfile.TemporaryDirectory() as folder:
             scorer, judge, parameters = build(Path(folder), size)
             print(f"\n{size}: {parameters / 1e6:.1f} M parameters")
-            cases = [plain, *varied] if size == largest and not args.plain else [plain]
+            names = args.vary.split(",") if size == largest and args.vary else []
+            cases = [plain, *(varied[name] for name in names)]
             found = []
             for case in cases:
                 pairs = make_pairs(case.pairs // case.texts, case.texts, np.random.default_rng(0), case.words)
                 found.append(ways(scorer, judge, pairs, args.new_tokens))
-            memory = [rises(found[0])] if size == largest else []
-            keep_freed_memory()  # as the program does, once memory is measured
+            memory = [temporaries(found[0])] if size == largest else []
             for case, ways_of, rise in zip(cases, found, memory + [{}] * len(cases), strict=False):
                 seconds = timed(ways_of, args.repeats)
                 report(size, case, seconds, rise)
