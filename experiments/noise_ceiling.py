@@ -101,7 +101,7 @@ def table_of(cases: list[Case]) -> TextTable:
 
 def figure_of(cases: list[Case]) -> Figure:
     """Ceilings and what is reached, side by side."""
-    figure = Figure(figsize=(8, 1.2 + 0.45 * len(cases)), layout="constrained")
+    figure = Figure(figsize=(8, 1.5 + 0.45 * len(cases)), layout="constrained")
     axes = figure.subplots()
     marks: Mapping[str, tuple[str, list[float]]] = {
         "one rater with the others": ("o", [case.ceiling.one_rater for case in cases]),
@@ -115,7 +115,7 @@ def figure_of(cases: list[Case]) -> Figure:
     axes.set_yticks(range(len(cases)), [case.name for case in cases])
     axes.invert_yaxis()
     axes.set(xlim=(0, 1), xlabel="Kendall tau_c with the single ratings")
-    axes.legend(loc="lower left", fontsize=8)
+    figure.legend(loc="outside lower center", ncols=len(marks), fontsize=8)
     return figure
 
 
