@@ -62,8 +62,10 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     hush_absent_tpu()
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--demo", type=Path, default=Path("demo_run"), help="what `make demo` wrote")
-    made.add_argument("--output", type=Path, default=HERE / "results", help="where the figure and the numbers go")
-    made.add_argument("--page", action="store_true", help="also put the table into experiments/README.md")
+    made.add_argument("--output", type=Path, help="where figure and numbers go (default: runs/experiments)")
+    made.add_argument(
+        "--page", action="store_true", help="put all into experiments/: results, and the table in README.md"
+    )
     made.add_argument("--seed", type=int, default=0)
     return made
 
@@ -78,14 +80,15 @@ def demo_of(options: argparse.Namespace) -> Demo:
 
 def keep(name: str, options: argparse.Namespace, table: TextTable, figure: Figure, numbers: Mapping[str, Any]) -> None:
     """Prints the table; writes NAME.png and NAME.json; with --page puts the table between the marks of the page."""
-    options.output.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.output / f"{name}.png", dpi=110)
+    folder = options.output or (HERE / "results" if options.page else Path("runs") / "experiments")
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{name}.png", dpi=110)
     settings = {key: str(value) for key, value in vars(options).items() if key not in ("output", "page")}
     surroundings = {"multitap_jax": __version__, "python": platform.python_version(), "cores": os.cpu_count()}
     whole = {"experiment": name, "settings": settings, "surroundings": surroundings, "numbers": numbers}
-    (options.output / f"{name}.json").write_text(json.dumps(whole, indent=2, default=float) + "\n")
+    (folder / f"{name}.json").write_text(json.dumps(whole, indent=2, default=float) + "\n")
     print(table)
-    print(f"wrote {options.output / name}.png and .json")
+    print(f"wrote {folder / name}.png and .json")
     if options.page:
         into_page(name, str(table))
 

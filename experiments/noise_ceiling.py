@@ -36,22 +36,16 @@ class Case(NamedTuple):
     name: str
     ceiling: Ceiling
     judged: str
-    tau_single: float
-    tau_mean: float
-    pearson_mean: float
+    tau_single: float | None
+    pearson_mean: float | None
 
 
-def judged(name: str, ratings: np.ndarray, by: str, scores: np.ndarray) -> Case:
-    """Compares scores[N] with ratings[N, R], singly and by their mean."""
-    mean, repeated = ratings.mean(1), np.repeat(scores, ratings.shape[1])
-    return Case(
-        name,
-        noise_ceiling(ratings),
-        by,
-        kendall_tau(repeated, ratings.ravel(), "c"),
-        kendall_tau(scores, mean, "c"),
-        pearson(scores, mean),
-    )
+def judged(name: str, ratings: np.ndarray, by: str, scores: np.ndarray | None) -> Case:
+    """Compares scores[N] with ratings[N, R], singly (tau) and by their mean (Pearson); None compares nothing."""
+    if scores is None:
+        return Case(name, noise_ceiling(ratings), by, None, None)
+    tau = kendall_tau(np.repeat(scores, ratings.shape[1]), ratings.ravel(), "c")
+    return Case(name, noise_ceiling(ratings), by, tau, pearson(scores, ratings.mean(1)))
 
 
 def drawn_raters(options: argparse.Namespace) -> list[Case]:
@@ -72,7 +66,7 @@ def drawn_raters(options: argparse.Namespace) -> list[Case]:
 
 
 def real_raters(options: argparse.Namespace) -> list[Case]:
-    """Ratings that people gave, and the scorer of --scores, or else the mean of the raters itself."""
+    """Ratings that people gave, and the scorer of --scores, if there is one."""
     records = load_records(options.input, need_images=False).records
     names = options.ratings.split(",")
     rated = [r for r in records if all(r.ratings.get(name) is not None for name in names)]
@@ -80,7 +74,7 @@ def real_raters(options: argparse.Namespace) -> list[Case]:
         raise SystemExit(f"{options.input}: {len(rated)} of {len(records)} records have all of {', '.join(names)}")
     ratings = np.array([[r.ratings[name] for name in names] for r in rated], np.float64)
     if not options.scores:
-        return [judged(Path(options.input).name, ratings, "mean of raters", ratings.mean(1))]
+        return [judged(Path(options.input).name, ratings, "no scorer", None)]
     scores = dict(zip((r.id for r in records), read_scores(options.scores, [r.id for r in records]), strict=True))
     return [
         judged(Path(options.input).name, ratings, Path(options.scores).name, np.array([scores[r.id] for r in rated]))
@@ -90,12 +84,14 @@ def real_raters(options: argparse.Namespace) -> list[Case]:
 def table_of(cases: list[Case]) -> TextTable:
     """A row a case."""
     table = TextTable(title="What rater agreement allows (tau_c; Pearson of the mean rating)")
-    for name in ("", "pairs", "one rater", "mean of raters", "reached", "Pearson bound", "reached"):
+    scorer = cases[0].judged
+    heads = ("", "pairs", "one rater", "mean of raters", f"{scorer}, tau_c", "Pearson bound", f"{scorer}, Pearson")
+    for name in heads:
         table.add_column(name, justify="left" if not name else "right", no_wrap=not name)
     for case in cases:
         found = case.ceiling
         cells = (found.one_rater, found.mean_of_raters, case.tau_single, found.pearson, case.pearson_mean)
-        table.add_row(case.name, f"{found.n:,}", *(f"{cell:.3f}" for cell in cells))
+        table.add_row(case.name, f"{found.n:,}", *("-" if cell is None else f"{cell:.3f}" for cell in cells))
     return table
 
 
@@ -106,7 +102,7 @@ def figure_of(cases: list[Case]) -> Figure:
     marks: Mapping[str, tuple[str, list[float]]] = {
         "one rater with the others": ("o", [case.ceiling.one_rater for case in cases]),
         "mean of all raters": ("|", [case.ceiling.mean_of_raters for case in cases]),
-        f"{cases[0].judged}": ("D", [case.tau_single for case in cases]),
+        cases[0].judged: ("D", [np.nan if case.tau_single is None else case.tau_single for case in cases]),
     }
     for row, case in enumerate(cases):
         axes.barh(row, case.ceiling.mean_of_raters, color="tab:blue", alpha=0.15)

@@ -171,7 +171,13 @@ def main() -> None:
     options = flags.parse_args()
     rows = measure(options)
     numbers = {"rows": [row._asdict() for row in rows]}
-    keep("rating_noise_states" if options.states else "rating_noise", options, table_of(rows, options.seeds), figure_of(rows), numbers)
+    keep(
+        "rating_noise_states" if options.states else "rating_noise",
+        options,
+        table_of(rows, options.seeds),
+        figure_of(rows),
+        numbers,
+    )
 
 
 if __name__ == "__main__":

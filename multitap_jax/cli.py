@@ -16,10 +16,10 @@ usage: multitap VERB [--flag=value ...]        multitap VERB --help explains a v
   export     write an artefact in another layout (copy, heads alone, official, StableHLO program, vLLM)
 
 The usual way:  train --config=configs/lora.py --workdir=run --config.model.checkpoint=MODEL \\
-                      --config.data.train=ratings.jsonl
-                fit   --checkpoint=run/artefact --input=ratings.jsonl
-                score --checkpoint=run/artefact --input=pairs.jsonl --output=scores.jsonl
-                evaluate --scores=scores.jsonl --input=ratings.jsonl
+                      --config.data.train=train.jsonl
+                fit   --checkpoint=run/artefact --input=train.jsonl
+                score --checkpoint=run/artefact --input=heldout.jsonl --output=scores.jsonl
+                evaluate --scores=scores.jsonl --input=heldout.jsonl
 
 Exit codes: 0 done; 1 stopped with an explanation; 2 wrong usage; and, to be run again: 75 no progress, ended by
 the watchdog; 76 another process of the run ended; 143 stopped by SIGTERM after saving (docs/launching.md).

@@ -75,7 +75,7 @@ def estimate(interval: Interval) -> str:
 
 def spelled(name: str) -> str:
     """An objective's name as words."""
-    return name.replace("_", " ").capitalize()
+    return name[:1].upper() + name[1:].replace("_", " ")
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> str:

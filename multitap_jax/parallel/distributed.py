@@ -166,7 +166,7 @@ def leave(code: int, error: BaseException | None = None, explained: bool = True)
         first = str(echo).partition("\n")[0]
         code, why = LOST, f"{name} lost another process, whose log says why that one ended ({first})"
     else:
-        why = f"{name} failed, and the run with it"
+        why = f"{name} failed, and the run with it" + (", of what is said above; mend it first" if explained else "")
         if error is not None and not explained:
             traceback.print_exception(error)
     print(f"multitap: {why}. The same command, given to all, goes on where the run was saved", file=sys.stderr)

@@ -63,7 +63,7 @@ def _memory_rows(step: Step, plan: Plan) -> Iterator[tuple[str, str, str]]:
     yield (
         "temporaries",
         _gib(memory.peak - memory.arguments - new - memory.code),
-        "activations, gathered weights, gradients",
+        "activations, gathered weights" + (", gradients" if step.name == "training" else ""),
     )
     yield "program", _gib(memory.code), ""
     limit = "" if plan.limit is None else f"of {_gib(plan.limit)}: {memory.peak / plan.limit:.0%}"

@@ -272,9 +272,14 @@ def _check_is_artefact(folder: Path) -> None:
             f"{folder}: no such folder; give that of a saved model, as `multitap train` leaves in artefact/"
         )
     if not (folder / CONFIG).is_file():
+        inside = folder / "artefact"
+        where = (
+            f"{inside}, which is one"
+            if (inside / MANIFEST).is_file()
+            else "the folder that training or an export wrote"
+        )
         raise ArtefactError(
-            f"{folder}: neither {MANIFEST} nor {CONFIG} is here, so this is no saved model; give the folder that "
-            "training or an export wrote"
+            f"{folder}: neither {MANIFEST} nor {CONFIG} is here, so this is no saved model; give {where}"
         )
     if any(name.startswith(("backbone_model.", "reward_head.")) for name in stored_tensors(folder)):
         raise ArtefactError(

@@ -3,7 +3,7 @@
   multitap convert --dataset=polaris --source=Polaris --split=train --output=polaris
   multitap convert --dataset=flickr8k-expert --source=flickr8k --images=Flicker8k_Dataset --output=expert
   multitap convert --dataset=flickr8k-expert --source=flickr8k --images=none --output=expert     scores exist already
-  multitap convert --dataset=table --source=mine.csv --columns=text=caption,image=file,score=mos --output=mine
+  multitap convert --dataset=table --source=mine.csv --columns=text=caption,image=file,ratings.mos=mos --output=mine
 
 The output folder has records.jsonl, the pictures (embedded ones written once, files as hard links), rejected.jsonl and
 dataset.json (what it is, counts, source files with checksums). train, embed, score and evaluate take it as --input or

@@ -1,6 +1,6 @@
 """The rivals that generate, on our own backbones: written verdicts, checklists, P(yes), expected scores.
 
-judge = Judge.from_pretrained("qwen2-vl-2b")
+judge = Judge.from_pretrained("Qwen2-VL-2B-Instruct")
 judge.verdicts(images=["dog.jpg"], texts=["A dog runs."]).scores
 """
 

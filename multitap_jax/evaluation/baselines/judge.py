@@ -1,6 +1,6 @@
 """`Judge`: asks a whole vision-language model about pairs, as the rivals of a score do; the API is the scorer's.
 
-    judge = Judge.from_pretrained("qwen2-vl-2b")
+    judge = Judge.from_pretrained("Qwen2-VL-2B-Instruct")
     verdicts = judge.verdicts(images=["dog.jpg"] * 2, texts=["A dog runs.", "Two cats sleep."])
     verdicts.scores, verdicts.unparsable   # float32[2], 0 to 100 or NaN; how many are NaN
 
