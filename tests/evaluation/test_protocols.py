@@ -187,6 +187,28 @@ def test_records_of_something_else(tmp_path):
         opened(tmp_path, rows, protocol_named("foil"))
 
 
+def test_records_of_another_split(tmp_path):
+    """Nebula's validation split is as large as its test split."""
+    note = {"dataset": "nebula", "split": "validation", "complete": True, "title": "Nebula", "protocols": ["nebula"]}
+    write(tmp_path / "r/dataset.json", [note])
+    rows = [{"id": f"r{i}", "image": f"{i}.png", "text": "x", "score": i % 5 / 4} for i in range(3298)]
+    with pytest.raises(ProtocolError, match="the split 'validation' of Nebula, and nebula counts 'test'.*allow_subset"):
+        opened(tmp_path, rows, protocol_named("nebula"))
+    assert opened(tmp_path, rows, protocol_named("nebula"), allow_subset=True).subset
+    write(tmp_path / "r/dataset.json", [note | {"split": "test"}])
+    assert not opened(tmp_path, rows, protocol_named("nebula")).subset
+
+
+def test_categories_without_a_bootstrap(tmp_path):
+    rows = [row for name in ("HC", "MM") for i in range(3) for row in group(f"pascal-50s/{name}/{i}", 1, 0)]
+    records = write(tmp_path / "r/records.jsonl", rows)
+    scores = write(tmp_path / "s.jsonl", [{"id": row["id"], "score": i} for i, row in enumerate(rows)])
+    options = {"allow_subset": True, "bootstrap_samples": 0}
+    report = evaluate_benchmark(protocol_named("pascal-50s"), records, scores, **options)
+    assert {name: found.value for name, found in report.categories.items()} == {"HC": 0, "MM": 0, "mean": 0}
+    assert all(np.isnan(found.interval.low) for found in report.categories.values())
+
+
 IDS = ["a", "b", "c", "d", "e"]
 
 
