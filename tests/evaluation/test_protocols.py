@@ -310,6 +310,10 @@ def test_the_verb(judged, tmp_path, capsys):
     assert "60 records, but the benchmark has 3,298" in capsys.readouterr().err
     assert main([*command, "--target=score"]) == 1
     assert "a benchmark says what is compared" in capsys.readouterr().err
+    for verb in ("evaluate", "report"):  # without a benchmark they would change nothing, and nobody would know
+        for flag in ("--score_field=scores.tone", "--ties=half", "--allow_subset"):
+            assert main([verb, command[2], command[3], flag]) == 1
+            assert f"{flag.partition('=')[0]} is for a --benchmark" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["evaluate", "--help"])
     assert "flickr8k-expert-mean" in capsys.readouterr().out
