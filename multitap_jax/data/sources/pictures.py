@@ -31,6 +31,7 @@ class Pictures:
         self.output, self.roots = output, roots
         self.missing: dict[str, None] = {}
         self._known: dict[str, str | None] = {}
+        self._named: dict[Path, str] = {}  # the longest name that each file was found by
 
     @property
     def files(self) -> int:
@@ -70,6 +71,8 @@ class Pictures:
         source = self._source(parts)
         if source is None:
             return None
+        self._check_alone(name, source)
+        source = source.resolve()  # a link to the link itself would break
         path = self.output / place
         if path.exists() and (path.samefile(source) or path.stat().st_size == source.stat().st_size):
             return place
@@ -83,14 +86,29 @@ class Pictures:
         os.replace(partial, path)
         return place
 
+    def _check_alone(self, name: str, source: Path) -> None:
+        """Refuses a file for two names whose folders differ: it is at most the picture of one of them."""
+        first = self._named.setdefault(source, name)
+        short, long = sorted((_all_parts(first), _all_parts(name)), key=len)
+        if short != long[len(long) - len(short) :]:
+            raise BadRecord(f"pictures {name} and {first} are both found as {source}: give the folder above theirs")
+        if len(_all_parts(name)) > len(_all_parts(first)):
+            self._named[source] = name
+
     def _source(self, parts: tuple[str, ...]) -> Path | None:
         """The file whose path ends as the published name does, the longest end first: folders are often renamed."""
         for start in range(len(parts)):
             for root in self.roots:
                 path = root.joinpath(*parts[start:])
                 if path.is_file():
-                    return path.resolve()
+                    return path
         return None
+
+
+def _all_parts(name: str) -> tuple[str, ...]:
+    """The parts of a published name, without an address's scheme and the root."""
+    path = PurePosixPath(name.replace("\\", "/").rpartition("://")[2])
+    return path.parts[path.is_absolute() :]
 
 
 def _plain_parts(name: str) -> tuple[str, ...]:

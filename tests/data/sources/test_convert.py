@@ -71,10 +71,31 @@ def test_names_that_leave_the_folder_are_rejected(tmp_path, name):
 
 
 def test_absolute_names_and_addresses_are_looked_up_by_their_last_part(tmp_path):
-    rows = [{"image": "/srv/data/a.png", "text": "x"}, {"image": "https://x.org/deep/a.png", "text": "y"}]
+    rows = [{"image": "/srv/data/a.png", "text": "x"}, {"image": "https://x.org/deep/b.png", "text": "y"}]
     table(tmp_path / "s/mine.csv", rows)
     write(tmp_path / "s/a.png", picture(1))
+    write(tmp_path / "s/b.png", picture(2))
     assert convert("table", tmp_path / "s", tmp_path / "out").pictures == 2
+
+
+@pytest.mark.parametrize("names", [("A/1.png", "B/1.png"), ("/A/1.png", "/B/1.png"), ("x://h/A/1.png", "A/B/1.png")])
+def test_pictures_of_two_folders_are_not_one(tmp_path, names):
+    """The name's last part alone would give both the picture of one of them."""
+    table(tmp_path / "s/mine.csv", [{"image": name, "text": "x"} for name in names])
+    write(tmp_path / "s/A/1.png", picture(1))
+    with pytest.raises(RecordsError, match=f"(?s)1 of 2 .*{names[1]} and {names[0]} are both .*A/1.png.*folder above"):
+        convert("table", tmp_path / "s/mine.csv", tmp_path / "out", images=tmp_path / "s/A")
+
+
+def test_a_picture_may_be_named_in_two_ways(tmp_path):
+    table(tmp_path / "s/mine.csv", [{"image": name, "text": "x"} for name in ("1.png", "A/1.png", "./1.png")])
+    write(tmp_path / "s/1.png", picture(1))
+    assert convert("table", tmp_path / "s/mine.csv", tmp_path / "out").written == 3
+    for name in ("A/2.png", "B/2.png"):  # as the hub's cache keeps equal files: links to one
+        (tmp_path / "t" / name).parent.mkdir(parents=True)
+        (tmp_path / "t" / name).symlink_to(tmp_path / "s/1.png")
+    table(tmp_path / "t/mine.csv", [{"image": name, "text": "x"} for name in ("A/2.png", "B/2.png")])
+    assert convert("table", tmp_path / "t/mine.csv", tmp_path / "out2").written == 2
 
 
 def test_missing_pictures_are_counted_with_examples(tmp_path):
