@@ -98,9 +98,19 @@ def _not_found(folder: Path, dataset: Dataset, there: Sequence[Path], others: It
     return " ".join(lines)
 
 
-@functools.lru_cache(maxsize=4096)
 def columns_of(path: Path) -> frozenset[str]:
     """Column names of a table; for JSON the keys of its first entry; none where the file is of another kind."""
+    return _columns_of(path, _state(path))
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """What is another one when the file has been written anew."""
+    found = path.stat()
+    return found.st_mtime_ns, found.st_size
+
+
+@functools.lru_cache(maxsize=4096)
+def _columns_of(path: Path, state: tuple[int, int]) -> frozenset[str]:
     try:
         if path.suffix == ".parquet":
             return frozenset(pyarrow.parquet.read_schema(path).names)
@@ -112,7 +122,7 @@ def columns_of(path: Path) -> frozenset[str]:
             return frozenset(first) if isinstance(first, dict) else frozenset()
         if path.suffix == ".json":
             return frozenset(_first_entry(read_json(path)))
-    except (pyarrow.ArrowException, OSError, ValueError, csv.Error):
+    except (pyarrow.ArrowException, OSError, ValueError, RecursionError, csv.Error):
         pass  # not readable as what its name says: then it is not what is looked for
     return frozenset()
 
@@ -131,12 +141,16 @@ def _first_entry(value: Any) -> dict[str, Any]:
     return {}
 
 
-@functools.lru_cache(maxsize=1)
 def read_json(path: Path) -> Any:
     """The content of a JSON file; the last one read is kept. Raises SourceError where it is damaged."""
+    return _read_json(path, _state(path))
+
+
+@functools.lru_cache(maxsize=1)
+def _read_json(path: Path, state: tuple[int, int]) -> Any:
     try:
         return json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"{path}: damaged or no JSON ({error}); download it again") from error
 
 
@@ -186,7 +200,8 @@ def _parquet_rows(path: Path, columns: Sequence[str] | None) -> Iterator[dict[st
 
 
 def _csv_rows(path: Path, ragged: bool) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+    # surrogateescape: a byte that is no UTF-8 spoils its own record, and is not taken for another letter
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         line = file.readline()
         file.seek(0)
         reader = csv.DictReader(file, delimiter=delimiter_of(path, line), strict=True)
@@ -205,14 +220,14 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
             if line.strip():
                 try:
                     row = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise SourceError(f"{path}: line {number} is no JSON ({error}); download it again") from error
                 yield row
 
 
 def lines(path: Path, cells: int) -> Iterator[list[str]]:
     """Cells of a text file with tabs and no header. Raises SourceError for a line with too few."""
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
             found = line.rstrip("\n").split("\t")
             if len(found) < cells:

@@ -113,7 +113,7 @@ def _all_parts(name: str) -> tuple[str, ...]:
 
 def _plain_parts(name: str) -> tuple[str, ...]:
     """The parts of a published name. Of an address or an absolute path the last one alone."""
-    if "\0" in name or not name.strip():
+    if "\0" in name or not name.strip() or name != name.encode(errors="replace").decode():
         raise BadRecord(f"picture {name!r} is not a name")
     path = PurePosixPath(name.replace("\\", "/"))
     parts = (path.name,) if "://" in name or path.is_absolute() else path.parts

@@ -19,8 +19,8 @@ def parse_score(text: str, highest: float = 100.0) -> float:
     """The score in a verdict, from 0 to `highest`; NaN where it has none.
 
     Taken is the first of: a number behind "score", "rating" or "grade", with no sentence's end between; a number "out
-    of" or "/" another; a number that the text begins with. A number out of another ("Score out of 5: 4", too) is brought
-    to `highest`. One beyond `highest` is no score, nor is a percentage.
+    of" or "/" another; a number that the text begins with. A number out of another ("Score out of 5: 4", too) is
+    brought to `highest`. One beyond `highest` is no score, nor is a percentage.
     """
     for form in _FORMS:
         if found := form.search(text):

@@ -157,6 +157,39 @@ def test_damaged_files(tmp_path):
         convert("table", tmp_path / "t", tmp_path / "out2")
 
 
+@pytest.mark.parametrize("name", ["composite.json", "mine.jsonl"])
+def test_json_that_is_nested_too_deeply(tmp_path, name):
+    first = '{"image": "a.png", "text": "x"}\n' * (name == "mine.jsonl")
+    write(tmp_path / "s" / name, first + "[" * 200_000)
+    with pytest.raises(SourceError, match=f"{name}.*(this is not Composite|no JSON)"):
+        convert("table" if first else "composite", tmp_path / "s" / name, tmp_path / "out", images="none")
+
+
+def test_a_file_that_was_mended_is_read_anew(tmp_path):
+    table(tmp_path / "s/mine.csv", [{"file": "a.png", "text": "x"}])
+    with pytest.raises(SourceError, match="which column is the image"):
+        convert("table", tmp_path / "s", tmp_path / "out", images="none")
+    table(tmp_path / "s/mine.csv", [{"image": "a.png", "text": "x"}])
+    assert convert("table", tmp_path / "s", tmp_path / "out", images="none").written == 1
+    for name in ("dog", "horse"):
+        pair = {"image": f"{name}.jpg", "captions": [name, "two"], "label": 1, "references": []}
+        write(tmp_path / "t/pascal.json", {"HC": [pair]})
+        convert("pascal-50s", tmp_path / "t", tmp_path / "out2", images="none", allow_subset=True)
+        assert load_records(tmp_path / "out2", need_images=False).records[0].text == name
+
+
+def test_bytes_that_are_no_text(tmp_path):
+    """In another encoding a caption would be another; it is not taken with question marks in it."""
+    write(tmp_path / "s/mine.csv", "image,text\na.png,Caf\u00e9\nb.png,Tea\n".encode("latin-1"))
+    done = convert("table", tmp_path / "s", tmp_path / "out", images="none", max_rejected=0.5)
+    assert (done.written, done.rejected) == (1, 1)
+    assert "text is not valid Unicode at character" in next(iter(done.reasons))
+    rows = [{"image": "\ud800.png", "text": "x"}, {"image": "b.png", "text": "y"}]
+    write(tmp_path / "t/mine.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write(tmp_path / "t/b.png", picture(1))
+    str(convert("table", tmp_path / "t", tmp_path / "out2", max_rejected=0.5)).encode()  # may be printed
+
+
 def test_rows_that_are_not_of_the_published_form(tmp_path):
     pair = {"image": "a.jpg", "captions": ["one", "two"], "label": 1, "references": []}
     write(tmp_path / "s/pascal.json", {"HC": [pair, {"image": "b.jpg"}]})
@@ -170,6 +203,15 @@ def test_rows_that_are_not_of_the_published_form(tmp_path):
 def test_wrong_counts(tmp_path):
     with pytest.raises(SourceError, match=r"3 records of Polaris \(test\), but 26,122 were published.*--allow_subset"):
         convert("polaris", polaris(tmp_path / "s"), tmp_path / "out")
+
+
+def test_all_splits_are_counted_only_where_each_is_known(tmp_path):
+    row = {"prompt_id": "p", "prompt": "x", "rank": 1, "overall_rating": 4, "image": hub_image(1)}
+    for name in ("train", "test"):
+        parquet(tmp_path / f"s/{name}.parquet", [row | {"prompt_id": name}])
+    assert convert("imagereward", tmp_path / "s", tmp_path / "out", split="all").written == 2
+    with pytest.raises(SourceError, match=r"3 records of Polaris \(all\), but 131,020 were published"):
+        convert("polaris", polaris(tmp_path / "t"), tmp_path / "out2", split="all")
 
 
 def test_bytes_that_are_no_picture(tmp_path):
