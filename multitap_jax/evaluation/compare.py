@@ -75,12 +75,14 @@ def compare_scores(
     """Compares scores float64[N] of a benchmark's records by a paired bootstrap over whole groups.
 
     Raises:
-      ProtocolError: a statistic is undefined (all scores equal).
+      ProtocolError: a statistic is undefined (all scores, or all ratings, are equal).
     """
     values = [benchmark.statistic(scores) for scores in (first, second)]
     for name, value in zip(names, values, strict=True):
         if np.isnan(value):
-            raise ProtocolError(f"{name}: {benchmark.protocol.statistic} is undefined: all its scores are equal")
+            flat = np.ptp(benchmark.human) == 0
+            whose = "people rated all records alike" if flat else "all its scores are equal"
+            raise ProtocolError(f"{name}: {benchmark.protocol.statistic} is undefined: {whose}")
     drawn = benchmark.resampled([first, second], bootstrap_samples, seed)[:, :, 0]
     differences = drawn[0] - drawn[1]
     defined = differences[np.isfinite(differences)]

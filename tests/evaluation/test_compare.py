@@ -97,5 +97,8 @@ def test_a_part_is_not_compared(tmp_path):
     with pytest.raises(ValueError, match=r"two.jsonl: 1 of 6 records have no score: r0"):
         compare_files(PLAIN, tmp_path / "records.jsonl", one, two)
     flat = write(tmp_path / "flat.jsonl", [row | {"score": 0} for row in scores])
-    with pytest.raises(ProtocolError, match=r"flat.jsonl: tau_c is undefined"):
+    with pytest.raises(ProtocolError, match=r"flat.jsonl: tau_c is undefined: all its scores are equal"):
         compare_files(PLAIN, tmp_path / "records.jsonl", one, flat)
+    benchmark_of(tmp_path, np.full(6, 0.5))
+    with pytest.raises(ProtocolError, match=r"one.jsonl.*: tau_c is undefined: people rated all records alike"):
+        compare_files(PLAIN, tmp_path / "records.jsonl", one, one)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -236,6 +237,14 @@ IDS = ["a", "b", "c", "d", "e"]
 def test_bad_scores_are_refused_with_counts_and_examples(tmp_path, rows, message):
     with pytest.raises(ScoresError, match=message):
         read_scores(write(tmp_path / "s.jsonl", rows), IDS)
+
+
+def test_scores_of_another_large_benchmark_are_refused_at_once(tmp_path):
+    path = write(tmp_path / "s.jsonl", [{"id": f"x{i}", "score": 1} for i in range(10_000)])
+    start = time.process_time()
+    with pytest.raises(ScoresError, match="10,000 of 10,000 records have no score"):
+        read_scores(path, [f"r{i}" for i in range(10_000)])
+    assert time.process_time() - start < 1
 
 
 def test_good_scores(tmp_path):
