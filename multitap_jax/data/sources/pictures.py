@@ -56,7 +56,7 @@ class Pictures:
             raise BadRecord(f"the embedded picture begins with {content[:8]!r}, no kind that is known")
         place = f"{FOLDER}/{name[:2]}/{name[:32]}{suffix}"
         path = self.output / place
-        if not (path.is_file() and path.stat().st_size == len(content)):
+        if self.roots and not (path.is_file() and path.stat().st_size == len(content)):
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(path.name + ".partial")
             partial.write_bytes(content)
@@ -74,7 +74,7 @@ class Pictures:
         self._check_alone(name, source)
         source = source.resolve()  # a link to the link itself would break
         path = self.output / place
-        if path.exists() and (path.samefile(source) or path.stat().st_size == source.stat().st_size):
+        if path.exists() and (path.samefile(source) or _written_of(path) == _written_of(source)):
             return place
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
@@ -82,7 +82,7 @@ class Pictures:
         try:
             os.link(source, partial)
         except OSError:
-            shutil.copyfile(source, partial)
+            shutil.copy2(source, partial)
         os.replace(partial, path)
         return place
 
@@ -103,6 +103,12 @@ class Pictures:
                 if path.is_file():
                     return path
         return None
+
+
+def _written_of(path: Path) -> tuple[int, int]:
+    """What a copy has of the file that it was made of."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def _all_parts(name: str) -> tuple[str, ...]:

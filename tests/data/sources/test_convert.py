@@ -37,6 +37,25 @@ def test_embedded_pictures_are_written_once_and_read_back(tmp_path):
     assert str(again) == str(done)
 
 
+def test_embedded_pictures_stay_where_they_are_if_none_are_taken(tmp_path):
+    done = convert("polaris", polaris(tmp_path / "s"), tmp_path / "out", images="none", allow_subset=True)
+    assert (done.written, done.with_pictures) == (3, False)
+    assert not (tmp_path / "out/images").exists()
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_another_folder_of_pictures_gives_its_own(tmp_path, monkeypatch, links):
+    """Also where its pictures are called the same and are as large."""
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *paths: os.stat(tmp_path / "nothing"))
+    table(tmp_path / "s/mine.csv", [{"image": "1.bmp", "text": "x"}])
+    for colour, folder in enumerate(("wrong", "right"), 1):
+        write(tmp_path / folder / "1.bmp", picture(colour, "BMP"))
+        convert("table", tmp_path / "s", tmp_path / "out", images=tmp_path / folder)
+        (record,) = load_records(tmp_path / "out").records
+        assert record.images[0].read_bytes() == picture(colour, "BMP")
+
+
 def test_pictures_beside_are_linked_wherever_the_folder_lies(tmp_path):
     flickr_json(tmp_path / "s/flickr8k.json", [[1, 2, 3], [1, 1, 1]])
     for name in ("im0.jpg", "im1.jpg"):
