@@ -60,10 +60,13 @@ def find(
 
 
 def _fitting(layout: Layout, there: Sequence[Path]) -> list[Path]:
-    names = {path.name for path in there}
-    if not names.issuperset(layout.beside):
-        return []
-    return [path for path in there if path.match(layout.pattern) and layout.columns <= columns_of(path)]
+    fits = lambda path: path.match(layout.pattern) and not _absent(layout, path) and layout.columns <= columns_of(path)
+    return [path for path in there if fits(path)]
+
+
+def _absent(layout: Layout, path: Path) -> list[str]:
+    """The files that should lie beside this one, and do not."""
+    return [name for name in layout.beside if not path.with_name(name).is_file()]
 
 
 def split_of(path: Path, folder: Path) -> str | None:
@@ -87,9 +90,8 @@ def _not_found(folder: Path, dataset: Dataset, there: Sequence[Path], others: It
             if missing and columns & layout.columns:
                 hints = (f"{name!r}{nearest(name, columns - layout.columns)}" for name in missing)
                 lines.append(f"{path.name} has no column {', '.join(hints)}.")
-        absent = [name for name in layout.beside if name not in {path.name for path in there}]
-        if absent and any(path.match(layout.pattern) for path in there):
-            lines.append(f"Beside {layout.pattern} there is no {', '.join(absent)}.")
+        if absent := [_absent(layout, path) for path in there if path.match(layout.pattern) and _absent(layout, path)]:
+            lines.append(f"Beside {layout.pattern} there is no {', '.join(absent[0])}.")
     alike = [other.title for other in others if any(_fitting(form, there) for form in other.layouts if form.columns)]
     if alike := [title for title in alike if title != dataset.title]:
         lines.append(f"It looks like {' or '.join(alike)}.")

@@ -100,9 +100,16 @@ class Pictures:
         for start in range(len(parts)):
             for root in self.roots:
                 path = root.joinpath(*parts[start:])
-                if path.is_file():
+                if _is_file(path):
                     return path
         return None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long
+        return False
 
 
 def _written_of(path: Path) -> tuple[int, int]:

@@ -106,6 +106,13 @@ def test_pictures_of_two_folders_are_not_one(tmp_path, names):
         convert("table", tmp_path / "s/mine.csv", tmp_path / "out", images=tmp_path / "s/A")
 
 
+def test_a_name_too_long_for_a_file_is_rejected(tmp_path):
+    table(tmp_path / "s/mine.csv", [{"image": name, "text": "x"} for name in ("1.png", "long" * 100)])
+    write(tmp_path / "s/1.png", picture(1))
+    done = convert("table", tmp_path / "s/mine.csv", tmp_path / "out", max_rejected=0.5)
+    assert (done.written, done.rejected) == (1, 1)
+
+
 def test_a_picture_may_be_named_in_two_ways(tmp_path):
     table(tmp_path / "s/mine.csv", [{"image": name, "text": "x"} for name in ("1.png", "A/1.png", "./1.png")])
     write(tmp_path / "s/1.png", picture(1))
@@ -146,6 +153,19 @@ def test_wrong_folders_say_what_they_are(tmp_path):
     with pytest.raises(SourceError, match="not known; did you mean 'polaris'"):
         convert("polarsi", tmp_path / "nebula", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_files_that_belong_together_lie_together(tmp_path):
+    judged = write(tmp_path / "s/ExpertAnnotations.txt", "a.jpg\tb.jpg#0\t1\t1\t2\n")
+    captions = write(tmp_path / "s/deep/Flickr8k.token.txt", "b.jpg#0\tA bird .\n")
+    with pytest.raises(SourceError, match="Beside ExpertAnnotations.txt there is no Flickr8k.token.txt"):
+        convert("flickr8k-expert", tmp_path / "s", tmp_path / "out", images="none")
+    captions.rename(tmp_path / "s/Flickr8k.token.txt")
+    for number, source in enumerate((tmp_path / "s", judged)):
+        done = convert("flickr8k-expert", source, tmp_path / f"out{number}", images="none", allow_subset=True)
+        assert done.written == 1
+        note = json.loads((tmp_path / f"out{number}/dataset.json").read_text())
+        assert [entry["file"] for entry in note["sources"]] == ["ExpertAnnotations.txt", "Flickr8k.token.txt"]
 
 
 def test_missing_columns_name_the_near_ones(tmp_path):
