@@ -1,5 +1,6 @@
 """Two files of scores: the paired bootstrap finds what is there, and nothing where there is nothing."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -88,6 +89,12 @@ def test_files_and_the_verb(tmp_path, capsys):
     assert "60 of 60 records lack ratings.preference" in capsys.readouterr().err
     assert main([*command, f"--against={two}", "--ties=half"]) == 1
     assert "--ties" in capsys.readouterr().err
+
+
+def test_names_are_shown_as_they_are(tmp_path):
+    found = compare_scores(benchmark_of(tmp_path, np.arange(6) / 6), np.arange(6.0), -np.arange(6.0))
+    odd = dataclasses.replace(found, names=("run[a].jsonl", "[/b].jsonl"), benchmark="ratings.[/c]")
+    assert all(name in str(odd.table()) for name in (*odd.names, odd.benchmark))
 
 
 def test_a_part_is_not_compared(tmp_path):
