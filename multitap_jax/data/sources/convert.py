@@ -222,7 +222,7 @@ def _row(draft: Draft, prefix: str, pictures: Pictures) -> dict[str, Any] | str:
         image = pictures(draft.image)
     except BadRecord as bad:
         return str(bad)
-    group = prefix + draft.group if draft.group else None
+    group = None if draft.group in (None, "") else f"{prefix}{draft.group}"
     values = {"request": draft.request, "score": draft.score, "ratings": dict(draft.ratings), "group": group}
     row = {"id": prefix + draft.id, "image": image, "text": draft.text}
     return row | {name: value for name, value in values.items() if value not in (None, {}, "")}

@@ -208,6 +208,9 @@ def _csv_rows(path: Path, ragged: bool) -> Iterator[dict[str, Any]]:
         file.seek(0)
         reader = csv.DictReader(file, delimiter=delimiter_of(path, line), strict=True)
         try:
+            names = [name for name in reader.fieldnames or () if name]
+            if twice := next((name for name in names if names.count(name) > 1 and not ragged), None):
+                raise SourceError(f"{path}: column {twice!r} twice; rename or drop one of them")
             for row in reader:
                 if not ragged and (None in row or None in row.values()):
                     raise SourceError(f"{path}: line {reader.line_num} has not as many cells as the header; mend it")
@@ -242,8 +245,10 @@ def number(value: Any, name: str) -> float | None:
     if value is None or value == "":
         return None
     try:
+        if isinstance(value, str) and "_" in value:  # Python would take 1_0 for 10
+            raise ValueError
         found = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name} is {str(value)[:40]!r}, not a number") from None
     if found != found or found in (float("inf"), float("-inf")):
         raise ValueError(f"{name} is {found}")

@@ -39,6 +39,8 @@ class Pictures:
 
     def __call__(self, image: str | bytes) -> str:
         """The picture's path relative to the output folder. Raises BadRecord where there is none to be had."""
+        if not isinstance(image, str | bytes):
+            raise BadRecord(f"picture {image!r} is not a name")
         name = hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else image
         if name not in self._known:
             self._known[name] = self._written(name, image) if isinstance(image, bytes) else self._linked(image)

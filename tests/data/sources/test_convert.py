@@ -337,6 +337,32 @@ def test_splits(tmp_path):
         convert("table", tmp_path / "t", tmp_path / "out", split="tset", images="none")
 
 
+def test_odd_tables(tmp_path):
+    """Keys that some rows lack, numbers as only Python writes them, and a column that is there twice."""
+    rows = [{"image": "a.png", "text": "x", "request": "r", "score": 1}, {"image": "b.png", "text": "y"}, {"text": "z"}]
+    write(tmp_path / "s/mine.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    done = convert("table", tmp_path / "s", tmp_path / "out", images="none", max_rejected=0.5)
+    assert (done.written, done.rejected) == (2, 1)
+    (record, _) = load_records(tmp_path / "out", need_images=False).records
+    assert (record.request, record.score) == ("r", 1)
+    table(tmp_path / "t/mine.csv", [{"image": "a.png", "text": "x", "score": score} for score in ("1_0", "10")])
+    done = convert("table", tmp_path / "t", tmp_path / "out2", images="none", max_rejected=0.5)
+    assert (done.written, done.reasons) == (1, {"score is ..., not a number": 1})
+    write(tmp_path / "u/mine.csv", "image,text,text\na.png,x,y\n")
+    with pytest.raises(SourceError, match="mine.csv: column 'text' twice"):
+        convert("table", tmp_path / "u", tmp_path / "out3", images="none")
+
+
+def test_values_of_another_kind(tmp_path):
+    ranked = [{"id": 7, "prompt": "p", "generations": ["a.png", "b.png"], "ranking": [1, 2]}]
+    write(tmp_path / "s/test.json", ranked)
+    convert("imagereward", tmp_path / "s", tmp_path / "out", images="none", allow_subset=True)
+    assert load_records(tmp_path / "out", need_images=False).records[0].group == "imagereward/test/7"
+    write(tmp_path / "t/test.json", [{"prompt": "p", "image_path": ["a.png", 5], "rank": [1, 2]}])
+    done = convert("hpdv2", tmp_path / "t", tmp_path / "out2", images="none", max_rejected=0.5)
+    assert (done.written, list(done.reasons)) == (1, ["picture ... is not a name"])
+
+
 def test_columns_are_for_tables(tmp_path):
     with pytest.raises(SourceError, match="--columns is for --dataset=table"):
         convert("polaris", polaris(tmp_path / "s"), tmp_path / "out", columns={"text": "cand"})
