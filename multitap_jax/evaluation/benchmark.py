@@ -30,7 +30,7 @@ class BenchmarkReport:
       others: further statistics of the same rows, without intervals; for accuracies the number under each tie rule.
       n: judgements or comparisons. n_records, n_groups: records; groups that are resampled together.
       ties: judgements whose records score alike: tied comparisons of an accuracy, tied pairs of rows of a correlation.
-      subset: whether the records are not the published number.
+      subset: whether the records are not the published number, or not of the published split.
       conditions: variant, tie_rule, references, prompt, position_mode, image_policy, alpha_rule, dtype.
       warnings: what makes the number mean less than it seems.
     """
@@ -86,7 +86,7 @@ class BenchmarkReport:
         if self.value.reason:
             lines.append(f"{self.statistic} is undefined: {self.value.reason}.")
         if self.subset:
-            lines.append("NOT the published number of records: not comparable with published figures.")
+            lines.append("NOT the published number of records or split: not comparable with published figures.")
         return "\n".join([*lines, *(f"WARNING: {warning}." for warning in self.warnings)])
 
 

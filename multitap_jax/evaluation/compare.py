@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from rich.text import Text
 
 from multitap_jax.display import TextTable
 from multitap_jax.evaluation.benchmark import interval
@@ -42,11 +43,11 @@ class Comparison:
 
     def table(self) -> TextTable:
         """The three numbers times 100."""
-        table = TextTable(title=f"{self.benchmark}: {self.statistic}")
+        table = TextTable(title=Text(f"{self.benchmark}: {self.statistic}"))
         for name in ("", "x 100", "95% interval"):
             table.add_column(name, justify="left" if name == "" else "right", no_wrap=True)
-        table.add_row(self.names[0], f"{100 * self.first:.3f}", "")
-        table.add_row(self.names[1], f"{100 * self.second:.3f}", "")
+        table.add_row(Text(self.names[0]), f"{100 * self.first:.3f}", "")
+        table.add_row(Text(self.names[1]), f"{100 * self.second:.3f}", "")
         low, high = self.interval
         table.add_row("difference", f"{100 * self.difference:.3f}", f"{100 * low:.3f} to {100 * high:.3f}")
         return table
@@ -75,12 +76,14 @@ def compare_scores(
     """Compares scores float64[N] of a benchmark's records by a paired bootstrap over whole groups.
 
     Raises:
-      ProtocolError: a statistic is undefined (all scores equal).
+      ProtocolError: a statistic is undefined (all scores, or all ratings, are equal).
     """
     values = [benchmark.statistic(scores) for scores in (first, second)]
     for name, value in zip(names, values, strict=True):
         if np.isnan(value):
-            raise ProtocolError(f"{name}: {benchmark.protocol.statistic} is undefined: all its scores are equal")
+            flat = np.ptp(benchmark.human) == 0
+            whose = "people rated all records alike" if flat else "all its scores are equal"
+            raise ProtocolError(f"{name}: {benchmark.protocol.statistic} is undefined: {whose}")
     drawn = benchmark.resampled([first, second], bootstrap_samples, seed)[:, :, 0]
     differences = drawn[0] - drawn[1]
     defined = differences[np.isfinite(differences)]

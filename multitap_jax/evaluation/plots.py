@@ -21,7 +21,8 @@ def scatter_figure(points: np.ndarray, metrics: Metrics, target: str) -> Figure:
     else:
         axes.scatter(points[:, 1], points[:, 0], s=14, alpha=0.5, linewidths=0)
     axes.plot([0, 1], [0, 1], color="0.5", linewidth=1, linestyle="--")
-    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel=f"human: {target}, mapped to 0..1", ylabel="overall score")
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), ylabel="overall score")
+    axes.set_xlabel(f"human: {target}, mapped to 0..1", parse_math=False)
     axes.set_title(f"tau_b {_text(metrics, 'tau_b')}\ntau_c {_text(metrics, 'tau_c')}, n = {metrics.n:,}", fontsize=10)
     return figure
 
@@ -38,7 +39,9 @@ def objective_figure(objectives: Mapping[str, Metrics]) -> Figure:
         axes.barh(row, tau.value, color="tab:blue", alpha=0.7)
         if not math.isnan(tau.interval.low):
             axes.plot([tau.interval.low, tau.interval.high], [row, row], color="black", linewidth=1.5)
-    axes.set_yticks(range(len(objectives)), [f"{name} (n = {m.n:,})" for name, m in objectives.items()])
+    axes.set_yticks(
+        range(len(objectives)), [f"{name} (n = {m.n:,})" for name, m in objectives.items()], parse_math=False
+    )
     axes.invert_yaxis()
     axes.axvline(0, color="0.5", linewidth=1)
     level = next(iter(objectives.values())).level

@@ -15,6 +15,8 @@ import numpy as np
 
 from multitap_jax.data.records import Record, group_keys, iter_records
 from multitap_jax.data.sources.convert import read_dataset_note
+from multitap_jax.data.sources.files import ALL
+from multitap_jax.data.sources.registry import DATASETS
 from multitap_jax.data.tables import RecordsError, nearest, some
 from multitap_jax.evaluation.correlation import kendall_tau
 from multitap_jax.evaluation.resampling import Taus, shares, weights
@@ -174,7 +176,7 @@ class Benchmark:
 
     Attributes:
       protocol, records: as given.
-      subset: whether the numbers are not the published ones.
+      subset: whether the numbers or the split are not the published ones.
       rows: int[n] or int[n, 2]: the record of each judgement, or the better and the worse of each comparison.
       human: float64[n], what people said; of accuracies how much better the better one is.
       groups: [n] labels; what shares a group or picture is resampled together.
@@ -204,7 +206,8 @@ class Benchmark:
         """Reads the records of a benchmark; their pictures need not be there.
 
         Raises:
-          ProtocolError: of another dataset, with unusable records, without what people said, or of another number.
+          ProtocolError: of another dataset or split, with unusable records, without what people said, or of another
+            number.
         """
         note = read_dataset_note(path)
         if note is not None and protocol.dataset not in ("", note["dataset"]):
@@ -214,6 +217,14 @@ class Benchmark:
                 f"{path}: records of {note.get('title', note['dataset'])}, and {protocol.name} takes "
                 f"{protocol.dataset}; {remedy}"
             )
+        # Not told by the number of records: Nebula's splits are equally large, and that of others is not known.
+        counted = DATASETS[protocol.dataset].split if protocol.dataset else ALL
+        other_split = note is not None and counted != ALL and note["split"] != counted
+        if note is not None and other_split and not allow_subset:
+            raise ProtocolError(
+                f"{path}: records of the split {note['split']!r} of {note.get('title', note['dataset'])}, and "
+                f"{protocol.name} counts {counted!r}. --allow_subset=True counts what is there, and the report says so"
+            )
         items = list(iter_records(path, allow_outside_root=allow_outside_root, need_images=False))
         records = [item for item in items if isinstance(item, Record)]
         if bad := [item for item in items if not isinstance(item, Record)]:
@@ -221,7 +232,9 @@ class Benchmark:
             raise ProtocolError(f"{path}: {len(bad):,} of {len(items):,} records are unusable: {shown}")
         if not records:
             raise ProtocolError(f"{path}: no records in the file")
-        return cls(protocol, records, allow_subset=allow_subset)
+        benchmark = cls(protocol, records, allow_subset=allow_subset)
+        benchmark.subset |= other_split
+        return benchmark
 
     def human_means(self) -> np.ndarray:
         """float64[N], what people said of each record, in the mean."""
@@ -253,7 +266,7 @@ class Benchmark:
         measures = [self._measure(given) for given in scores]
         drawn = [[measure(w) for measure in measures] for w in weights(len(self.rows), self.groups, samples, seed)]
         if not drawn:
-            return np.zeros((len(scores), 0, 1))
+            return np.zeros((len(scores), 0, 1 + len(self.by_category())))
         return np.concatenate([np.stack(part) for part in drawn], axis=1)
 
     def _measure(self, scores: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:

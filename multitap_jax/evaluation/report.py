@@ -204,7 +204,7 @@ def evaluate_files(
         unpredicted=[n for n in dict.fromkeys(n for r in records for n in r.ratings) if n not in scores.objectives],
         problems=scores.problems,
         rejected=[item for item in items if isinstance(item, Rejected)],
-        warnings=trained_on(note, records_path),
+        warnings=(*trained_on(note, records_path), *_off_scale(pred, rated)),
         points=np.stack([pred, human], axis=1),
         ids=[record.id for record in rated],
     )
@@ -240,6 +240,18 @@ def trained_on(note: dict[str, Any], records_path: str | os.PathLike[str]) -> tu
         if Path(name).exists() and Path(name).resolve() in (here, here.parent):
             return (f"the model was trained on these very records ({name}): this says nothing of others",)
     return ()
+
+
+def _off_scale(pred: np.ndarray, rated: list[Record]) -> tuple[str, ...]:
+    """A warning where scores are not on the scale that the error, the accuracy and the charts are of; else nothing."""
+    off = np.flatnonzero((pred < 0) | (pred > 1))
+    if not len(off):
+        return ()
+    first = f"{rated[off[0]].id}: {pred[off[0]]:g}"
+    return (
+        f"{len(off):,} of {len(pred):,} overall scores lie outside 0 to 1, the first of {first}; correlations do not "
+        "mind, but squared error, accuracy, charts and chosen pictures mean nothing",
+    )
 
 
 def _target(

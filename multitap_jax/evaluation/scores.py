@@ -89,7 +89,8 @@ def _by_id(path: Path, rows: Sequence[tuple[int, dict[str, Any]]], found: np.nda
         raise ScoresError(f"{path}: {len(twice):,} ids are scored more than once: {some(twice)}. Keep one line of each")
     missing = [name for name in ids if name not in place]
     if missing:
-        unknown = [name for name in place if name not in set(ids)]
+        known = set(ids)
+        unknown = [name for name in place if name not in known]
         what = f"{path}: {len(missing):,} of {len(ids):,} records have no score: {some(missing)}. "
         if unknown:
             what += f"{len(unknown):,} scored ids are no records: {some(unknown)}. "

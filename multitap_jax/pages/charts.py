@@ -79,7 +79,7 @@ def objectives_chart(rows: Sequence[tuple[str, Interval, float | None]]) -> byte
     if dots:
         shares, where = np.array(dots).T
         axes.scatter(shares, where, s=30, color=_ORANGE, zorder=3, label="within 0.5 points")
-    axes.set_yticks(places, [spelled(name) for name, _, _ in rows])
+    axes.set_yticks(places, [spelled(name) for name, _, _ in rows], parse_math=False)
     axes.set(xlim=(min(0.0, float(values.min(initial=0.0)) - 0.05), 1.0))
     axes.grid(axis="y", visible=False)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)

@@ -105,10 +105,17 @@ def _run_records(values: flags.FlagValues) -> int:
 
 
 def compare(values: flags.FlagValues) -> Any:
-    """The report of what the flags name. Raises ValueError where nothing, or too little, could be compared."""
+    """The report of what the flags name.
+
+    Raises:
+      ValueError: nothing, or too little, could be compared, or a flag is of benchmarks alone.
+    """
     from multitap_jax.data.records import check_rejected_share
     from multitap_jax.evaluation.report import evaluate_files
 
+    given = [name for name in ("score_field", "ties", "allow_subset") if values[name].present]
+    if given:
+        raise ValueError(f"--{given[0]} is for a --benchmark; without one, overall scores and objectives are compared")
     report = evaluate_files(
         values.scores,
         values.input,

@@ -1,5 +1,6 @@
 """Two files of scores: the paired bootstrap finds what is there, and nothing where there is nothing."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -90,6 +91,12 @@ def test_files_and_the_verb(tmp_path, capsys):
     assert "--ties" in capsys.readouterr().err
 
 
+def test_names_are_shown_as_they_are(tmp_path):
+    found = compare_scores(benchmark_of(tmp_path, np.arange(6) / 6), np.arange(6.0), -np.arange(6.0))
+    odd = dataclasses.replace(found, names=("run[a].jsonl", "[/b].jsonl"), benchmark="ratings.[/c]")
+    assert all(name in str(odd.table()) for name in (*odd.names, odd.benchmark))
+
+
 def test_a_part_is_not_compared(tmp_path):
     benchmark_of(tmp_path, np.arange(6) / 6)
     scores = [{"id": f"r{i}", "score": i} for i in range(6)]
@@ -97,5 +104,8 @@ def test_a_part_is_not_compared(tmp_path):
     with pytest.raises(ValueError, match=r"two.jsonl: 1 of 6 records have no score: r0"):
         compare_files(PLAIN, tmp_path / "records.jsonl", one, two)
     flat = write(tmp_path / "flat.jsonl", [row | {"score": 0} for row in scores])
-    with pytest.raises(ProtocolError, match=r"flat.jsonl: tau_c is undefined"):
+    with pytest.raises(ProtocolError, match=r"flat.jsonl: tau_c is undefined: all its scores are equal"):
         compare_files(PLAIN, tmp_path / "records.jsonl", one, flat)
+    benchmark_of(tmp_path, np.full(6, 0.5))
+    with pytest.raises(ProtocolError, match=r"one.jsonl.*: tau_c is undefined: people rated all records alike"):
+        compare_files(PLAIN, tmp_path / "records.jsonl", one, one)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +188,28 @@ def test_records_of_something_else(tmp_path):
         opened(tmp_path, rows, protocol_named("foil"))
 
 
+def test_records_of_another_split(tmp_path):
+    """Nebula's validation split is as large as its test split."""
+    note = {"dataset": "nebula", "split": "validation", "complete": True, "title": "Nebula", "protocols": ["nebula"]}
+    write(tmp_path / "r/dataset.json", [note])
+    rows = [{"id": f"r{i}", "image": f"{i}.png", "text": "x", "score": i % 5 / 4} for i in range(3298)]
+    with pytest.raises(ProtocolError, match="the split 'validation' of Nebula, and nebula counts 'test'.*allow_subset"):
+        opened(tmp_path, rows, protocol_named("nebula"))
+    assert opened(tmp_path, rows, protocol_named("nebula"), allow_subset=True).subset
+    write(tmp_path / "r/dataset.json", [note | {"split": "test"}])
+    assert not opened(tmp_path, rows, protocol_named("nebula")).subset
+
+
+def test_categories_without_a_bootstrap(tmp_path):
+    rows = [row for name in ("HC", "MM") for i in range(3) for row in group(f"pascal-50s/{name}/{i}", 1, 0)]
+    records = write(tmp_path / "r/records.jsonl", rows)
+    scores = write(tmp_path / "s.jsonl", [{"id": row["id"], "score": i} for i, row in enumerate(rows)])
+    options = {"allow_subset": True, "bootstrap_samples": 0}
+    report = evaluate_benchmark(protocol_named("pascal-50s"), records, scores, **options)
+    assert {name: found.value for name, found in report.categories.items()} == {"HC": 0, "MM": 0, "mean": 0}
+    assert all(np.isnan(found.interval.low) for found in report.categories.values())
+
+
 IDS = ["a", "b", "c", "d", "e"]
 
 
@@ -214,6 +237,14 @@ IDS = ["a", "b", "c", "d", "e"]
 def test_bad_scores_are_refused_with_counts_and_examples(tmp_path, rows, message):
     with pytest.raises(ScoresError, match=message):
         read_scores(write(tmp_path / "s.jsonl", rows), IDS)
+
+
+def test_scores_of_another_large_benchmark_are_refused_at_once(tmp_path):
+    path = write(tmp_path / "s.jsonl", [{"id": f"x{i}", "score": 1} for i in range(10_000)])
+    start = time.process_time()
+    with pytest.raises(ScoresError, match="10,000 of 10,000 records have no score"):
+        read_scores(path, [f"r{i}" for i in range(10_000)])
+    assert time.process_time() - start < 1
 
 
 def test_good_scores(tmp_path):
@@ -288,6 +319,10 @@ def test_the_verb(judged, tmp_path, capsys):
     assert "60 records, but the benchmark has 3,298" in capsys.readouterr().err
     assert main([*command, "--target=score"]) == 1
     assert "a benchmark says what is compared" in capsys.readouterr().err
+    for verb in ("evaluate", "report"):  # without a benchmark they would change nothing, and nobody would know
+        for flag in ("--score_field=scores.tone", "--ties=half", "--allow_subset"):
+            assert main([verb, command[2], command[3], flag]) == 1
+            assert f"{flag.partition('=')[0]} is for a --benchmark" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["evaluate", "--help"])
     assert "flickr8k-expert-mean" in capsys.readouterr().out

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from multitap_jax.data.tables import RecordsError
 from multitap_jax.evaluation import evaluate_files, evaluate_pairs
+from multitap_jax.evaluation.page import write_evaluation
 from multitap_jax.evaluation.plots import scatter_figure
 
 SHARED = Path(os.environ.get("MULTITAP_SHARED_DATA", Path(__file__).parents[2].parent / "shared/data"))
@@ -153,6 +154,29 @@ def test_saved_report_holds_metrics_and_pictures(files):
             assert len(np.unique(np.asarray(picture.convert("L")))) > 10
     crowd = np.random.default_rng(0).random((5000, 2))
     scatter_figure(crowd, report.overall, "score").savefig(folder / "crowd.png")
+
+
+def test_names_are_drawn_as_they_are(files):
+    """Not read as formulas, which these are not."""
+    folder, records, scores = files
+    odd = "$a_{$"
+    for record, score in zip(records, scores, strict=True):
+        record["ratings"][odd], score["scores"][odd] = record["score"], score["score"]
+    report = report_of(folder, records, scores, target=f"ratings.{odd}")
+    report.save(folder / "out")
+    page = write_evaluation(folder / "out/page.html", report, folder / "s.jsonl", folder / "r.jsonl")
+    assert "$a {$" in page.read_text()
+
+
+def test_scores_on_another_scale_are_told(files):
+    folder, records, scores = files
+    assert report_of(folder, records, scores).warnings == ()
+    for score in scores[:5]:
+        score["score"] += 50
+    report = report_of(folder, records, scores)
+    (warning,) = report.warnings
+    assert warning.startswith("5 of 12 overall scores lie outside 0 to 1, the first of r0")
+    assert "WARNING: 5 of 12" in shown(report)
 
 
 def test_wrong_files_and_ranges_are_refused(files):

@@ -16,7 +16,7 @@ from typing import Any
 from multitap_jax.data.fields import BadRecord, ImagePaths
 from multitap_jax.data.records import Record, RecordParser, Rejected, check_rejected_share, write_rejected
 from multitap_jax.data.sources.base import Dataset, Draft, Item, Layout, Request, SourceError
-from multitap_jax.data.sources.files import ALL, find
+from multitap_jax.data.sources.files import ALL, SPLITS, find
 from multitap_jax.data.sources.pictures import Pictures
 from multitap_jax.data.sources.registry import DATASETS, dataset_named
 from multitap_jax.data.tables import REJECTED_NAME, RecordsError, some
@@ -222,7 +222,7 @@ def _row(draft: Draft, prefix: str, pictures: Pictures) -> dict[str, Any] | str:
         image = pictures(draft.image)
     except BadRecord as bad:
         return str(bad)
-    group = prefix + draft.group if draft.group else None
+    group = None if draft.group in (None, "") else f"{prefix}{draft.group}"
     values = {"request": draft.request, "score": draft.score, "ratings": dict(draft.ratings), "group": group}
     row = {"id": prefix + draft.id, "image": image, "text": draft.text}
     return row | {name: value for name, value in values.items() if value not in (None, {}, "")}
@@ -247,7 +247,8 @@ def _check(
             "--images=none converts without pictures, to evaluate scores that exist already"
         )
     check_rejected_share(source, written, rejected, max_rejected)
-    published = dataset.counts.get(split) if split != ALL else sum(dataset.counts.values()) or None
+    known = dataset.counts if dataset.counts.keys() == SPLITS.keys() else {}
+    published = dataset.counts.get(split) if split != ALL else sum(known.values()) or None
     if published is not None and written + len(rejected) != published and not allow_subset:
         raise SourceError(
             f"{source}: {written + len(rejected):,} records of {dataset.title} ({split}), but {published:,} were "

@@ -60,10 +60,13 @@ def find(
 
 
 def _fitting(layout: Layout, there: Sequence[Path]) -> list[Path]:
-    names = {path.name for path in there}
-    if not names.issuperset(layout.beside):
-        return []
-    return [path for path in there if path.match(layout.pattern) and layout.columns <= columns_of(path)]
+    fits = lambda path: path.match(layout.pattern) and not _absent(layout, path) and layout.columns <= columns_of(path)
+    return [path for path in there if fits(path)]
+
+
+def _absent(layout: Layout, path: Path) -> list[str]:
+    """The files that should lie beside this one, and do not."""
+    return [name for name in layout.beside if not path.with_name(name).is_file()]
 
 
 def split_of(path: Path, folder: Path) -> str | None:
@@ -87,9 +90,8 @@ def _not_found(folder: Path, dataset: Dataset, there: Sequence[Path], others: It
             if missing and columns & layout.columns:
                 hints = (f"{name!r}{nearest(name, columns - layout.columns)}" for name in missing)
                 lines.append(f"{path.name} has no column {', '.join(hints)}.")
-        absent = [name for name in layout.beside if name not in {path.name for path in there}]
-        if absent and any(path.match(layout.pattern) for path in there):
-            lines.append(f"Beside {layout.pattern} there is no {', '.join(absent)}.")
+        if absent := [_absent(layout, path) for path in there if path.match(layout.pattern) and _absent(layout, path)]:
+            lines.append(f"Beside {layout.pattern} there is no {', '.join(absent[0])}.")
     alike = [other.title for other in others if any(_fitting(form, there) for form in other.layouts if form.columns)]
     if alike := [title for title in alike if title != dataset.title]:
         lines.append(f"It looks like {' or '.join(alike)}.")
@@ -98,9 +100,19 @@ def _not_found(folder: Path, dataset: Dataset, there: Sequence[Path], others: It
     return " ".join(lines)
 
 
-@functools.lru_cache(maxsize=4096)
 def columns_of(path: Path) -> frozenset[str]:
     """Column names of a table; for JSON the keys of its first entry; none where the file is of another kind."""
+    return _columns_of(path, _state(path))
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """What is another one when the file has been written anew."""
+    found = path.stat()
+    return found.st_mtime_ns, found.st_size
+
+
+@functools.lru_cache(maxsize=4096)
+def _columns_of(path: Path, state: tuple[int, int]) -> frozenset[str]:
     try:
         if path.suffix == ".parquet":
             return frozenset(pyarrow.parquet.read_schema(path).names)
@@ -112,7 +124,7 @@ def columns_of(path: Path) -> frozenset[str]:
             return frozenset(first) if isinstance(first, dict) else frozenset()
         if path.suffix == ".json":
             return frozenset(_first_entry(read_json(path)))
-    except (pyarrow.ArrowException, OSError, ValueError, csv.Error):
+    except (pyarrow.ArrowException, OSError, ValueError, RecursionError, csv.Error):
         pass  # not readable as what its name says: then it is not what is looked for
     return frozenset()
 
@@ -131,12 +143,16 @@ def _first_entry(value: Any) -> dict[str, Any]:
     return {}
 
 
-@functools.lru_cache(maxsize=1)
 def read_json(path: Path) -> Any:
     """The content of a JSON file; the last one read is kept. Raises SourceError where it is damaged."""
+    return _read_json(path, _state(path))
+
+
+@functools.lru_cache(maxsize=1)
+def _read_json(path: Path, state: tuple[int, int]) -> Any:
     try:
         return json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"{path}: damaged or no JSON ({error}); download it again") from error
 
 
@@ -186,11 +202,15 @@ def _parquet_rows(path: Path, columns: Sequence[str] | None) -> Iterator[dict[st
 
 
 def _csv_rows(path: Path, ragged: bool) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+    # surrogateescape: a byte that is no UTF-8 spoils its own record, and is not taken for another letter
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         line = file.readline()
         file.seek(0)
         reader = csv.DictReader(file, delimiter=delimiter_of(path, line), strict=True)
         try:
+            names = [name for name in reader.fieldnames or () if name]
+            if twice := next((name for name in names if names.count(name) > 1 and not ragged), None):
+                raise SourceError(f"{path}: column {twice!r} twice; rename or drop one of them")
             for row in reader:
                 if not ragged and (None in row or None in row.values()):
                     raise SourceError(f"{path}: line {reader.line_num} has not as many cells as the header; mend it")
@@ -205,14 +225,14 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
             if line.strip():
                 try:
                     row = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise SourceError(f"{path}: line {number} is no JSON ({error}); download it again") from error
                 yield row
 
 
 def lines(path: Path, cells: int) -> Iterator[list[str]]:
     """Cells of a text file with tabs and no header. Raises SourceError for a line with too few."""
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
             found = line.rstrip("\n").split("\t")
             if len(found) < cells:
@@ -225,8 +245,10 @@ def number(value: Any, name: str) -> float | None:
     if value is None or value == "":
         return None
     try:
+        if isinstance(value, str) and "_" in value:  # Python would take 1_0 for 10
+            raise ValueError
         found = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name} is {str(value)[:40]!r}, not a number") from None
     if found != found or found in (float("inf"), float("-inf")):
         raise ValueError(f"{name} is {found}")

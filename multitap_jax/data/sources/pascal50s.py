@@ -4,6 +4,7 @@ JSON as FLEUR uses it, or the .mat files as published, from which votes are coun
 by lot (as its makers do); of .mat they give no preference, so such a pair is not compared.
 """
 
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,8 @@ def _read_json(paths: Sequence[Path], request: Request) -> Iterator[Item]:
 
 
 def _read_mat(paths: Sequence[Path], request: Request) -> Iterator[Item]:
-    from scipy.io import loadmat
-
-    pairs = loadmat(paths[0])
-    votes = loadmat(paths[0].with_name(CONSENSUS))["triplets"].reshape(-1)
+    pairs = _load(paths[0])
+    votes = _load(paths[0].with_name(CONSENSUS))["triplets"].reshape(-1)
     rows, categories = pairs["new_input"].reshape(-1), pairs["category"].reshape(-1)
     if len(votes) != VOTES * len(rows):
         raise SourceError(f"{paths[0]}: {len(rows):,} pairs, and {len(votes):,} votes: expected {VOTES} a pair")
@@ -53,6 +52,17 @@ def _read_mat(paths: Sequence[Path], request: Request) -> Iterator[Item]:
         a, b = chosen.count(first), chosen.count(second)
         group = f"{CATEGORIES[int(category)]}/{place:04d}"
         yield from _pair(group, picture, (first, second), (float(a >= b), float(b >= a)))
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """The variables of a .mat file up to version 7.2, which holds numbers, text and cells: nothing in it is run."""
+    from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
+
+    try:
+        return dict(loadmat(path))
+    except (MatReadError, NotImplementedError, OSError, ValueError, TypeError, zlib.error) as error:
+        raise SourceError(f"{path}: damaged or no MATLAB file ({error}); download it again") from error
 
 
 def _vote(vote: Any) -> str:

@@ -57,7 +57,7 @@ def _read_star(paths: Sequence[Path], request: Request) -> Iterator[Item]:
             continue
         try:
             first = _references(references)[0]
-        except (ValueError, SyntaxError, IndexError):
+        except (ValueError, SyntaxError, IndexError, TypeError, MemoryError, RecursionError):
             yield rejected(name, f"refs is {str(references)[:40]!r}, not a list of captions")
             continue
         for side, text, preference in (("ref", first, 1.0), ("cand", candidate, 0.0)):
@@ -71,6 +71,8 @@ def _references(value: Any) -> list[str]:
             value = json.loads(value)
         except ValueError:
             value = literal_eval(value)
+    if not isinstance(value, list | tuple):
+        raise ValueError("no list")
     return [str(text) for text in value]
 
 

@@ -31,11 +31,11 @@ def _read_table(paths: Sequence[Path], request: Request) -> Iterator[Item]:
             name = _text(row, columns, "id") or name
             yield Draft(
                 id=name,
-                image=embedded(row[columns["image"]]),
+                image=embedded(row.get(columns["image"])),
                 text=_text(row, columns, "text") or "",
                 request=_text(row, columns, "request"),
-                score=number(row[columns["score"]], columns["score"]) if "score" in columns else None,
-                ratings={ours: number(row[theirs], theirs) for ours, theirs in ratings.items()},
+                score=number(row.get(columns["score"]), columns["score"]) if "score" in columns else None,
+                ratings={ours: number(row.get(theirs), theirs) for ours, theirs in ratings.items()},
                 group=_text(row, columns, "group"),
             )
         except ValueError as error:
@@ -43,7 +43,7 @@ def _read_table(paths: Sequence[Path], request: Request) -> Iterator[Item]:
 
 
 def _text(row: dict[str, Any], columns: dict[str, str], name: str) -> str | None:
-    value = row[columns[name]] if name in columns else None
+    value = row.get(columns[name]) if name in columns else None
     return None if value in (None, "") else str(value)
 
 

@@ -37,6 +37,25 @@ def test_embedded_pictures_are_written_once_and_read_back(tmp_path):
     assert str(again) == str(done)
 
 
+def test_embedded_pictures_stay_where_they_are_if_none_are_taken(tmp_path):
+    done = convert("polaris", polaris(tmp_path / "s"), tmp_path / "out", images="none", allow_subset=True)
+    assert (done.written, done.with_pictures) == (3, False)
+    assert not (tmp_path / "out/images").exists()
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_another_folder_of_pictures_gives_its_own(tmp_path, monkeypatch, links):
+    """Also where its pictures are called the same and are as large."""
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *paths: os.stat(tmp_path / "nothing"))
+    table(tmp_path / "s/mine.csv", [{"image": "1.bmp", "text": "x"}])
+    for colour, folder in enumerate(("wrong", "right"), 1):
+        write(tmp_path / folder / "1.bmp", picture(colour, "BMP"))
+        convert("table", tmp_path / "s", tmp_path / "out", images=tmp_path / folder)
+        (record,) = load_records(tmp_path / "out").records
+        assert record.images[0].read_bytes() == picture(colour, "BMP")
+
+
 def test_pictures_beside_are_linked_wherever_the_folder_lies(tmp_path):
     flickr_json(tmp_path / "s/flickr8k.json", [[1, 2, 3], [1, 1, 1]])
     for name in ("im0.jpg", "im1.jpg"):
@@ -71,10 +90,38 @@ def test_names_that_leave_the_folder_are_rejected(tmp_path, name):
 
 
 def test_absolute_names_and_addresses_are_looked_up_by_their_last_part(tmp_path):
-    rows = [{"image": "/srv/data/a.png", "text": "x"}, {"image": "https://x.org/deep/a.png", "text": "y"}]
+    rows = [{"image": "/srv/data/a.png", "text": "x"}, {"image": "https://x.org/deep/b.png", "text": "y"}]
     table(tmp_path / "s/mine.csv", rows)
     write(tmp_path / "s/a.png", picture(1))
+    write(tmp_path / "s/b.png", picture(2))
     assert convert("table", tmp_path / "s", tmp_path / "out").pictures == 2
+
+
+@pytest.mark.parametrize("names", [("A/1.png", "B/1.png"), ("/A/1.png", "/B/1.png"), ("x://h/A/1.png", "A/B/1.png")])
+def test_pictures_of_two_folders_are_not_one(tmp_path, names):
+    """The name's last part alone would give both the picture of one of them."""
+    table(tmp_path / "s/mine.csv", [{"image": name, "text": "x"} for name in names])
+    write(tmp_path / "s/A/1.png", picture(1))
+    with pytest.raises(RecordsError, match=f"(?s)1 of 2 .*{names[1]} and {names[0]} are both .*A/1.png.*folder above"):
+        convert("table", tmp_path / "s/mine.csv", tmp_path / "out", images=tmp_path / "s/A")
+
+
+def test_a_name_too_long_for_a_file_is_rejected(tmp_path):
+    table(tmp_path / "s/mine.csv", [{"image": name, "text": "x"} for name in ("1.png", "long" * 100)])
+    write(tmp_path / "s/1.png", picture(1))
+    done = convert("table", tmp_path / "s/mine.csv", tmp_path / "out", max_rejected=0.5)
+    assert (done.written, done.rejected) == (1, 1)
+
+
+def test_a_picture_may_be_named_in_two_ways(tmp_path):
+    table(tmp_path / "s/mine.csv", [{"image": name, "text": "x"} for name in ("1.png", "A/1.png", "./1.png")])
+    write(tmp_path / "s/1.png", picture(1))
+    assert convert("table", tmp_path / "s/mine.csv", tmp_path / "out").written == 3
+    for name in ("A/2.png", "B/2.png"):  # as the hub's cache keeps equal files: links to one
+        (tmp_path / "t" / name).parent.mkdir(parents=True)
+        (tmp_path / "t" / name).symlink_to(tmp_path / "s/1.png")
+    table(tmp_path / "t/mine.csv", [{"image": name, "text": "x"} for name in ("A/2.png", "B/2.png")])
+    assert convert("table", tmp_path / "t/mine.csv", tmp_path / "out2").written == 2
 
 
 def test_missing_pictures_are_counted_with_examples(tmp_path):
@@ -108,6 +155,19 @@ def test_wrong_folders_say_what_they_are(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_files_that_belong_together_lie_together(tmp_path):
+    judged = write(tmp_path / "s/ExpertAnnotations.txt", "a.jpg\tb.jpg#0\t1\t1\t2\n")
+    captions = write(tmp_path / "s/deep/Flickr8k.token.txt", "b.jpg#0\tA bird .\n")
+    with pytest.raises(SourceError, match="Beside ExpertAnnotations.txt there is no Flickr8k.token.txt"):
+        convert("flickr8k-expert", tmp_path / "s", tmp_path / "out", images="none")
+    captions.rename(tmp_path / "s/Flickr8k.token.txt")
+    for number, source in enumerate((tmp_path / "s", judged)):
+        done = convert("flickr8k-expert", source, tmp_path / f"out{number}", images="none", allow_subset=True)
+        assert done.written == 1
+        note = json.loads((tmp_path / f"out{number}/dataset.json").read_text())
+        assert [entry["file"] for entry in note["sources"]] == ["ExpertAnnotations.txt", "Flickr8k.token.txt"]
+
+
 def test_missing_columns_name_the_near_ones(tmp_path):
     row = {"refs": ["a"], "cand": "x", "img": hub_image(1), "human_scores": 0.5}
     parquet(tmp_path / "s/test.parquet", [row])
@@ -136,6 +196,39 @@ def test_damaged_files(tmp_path):
         convert("table", tmp_path / "t", tmp_path / "out2")
 
 
+@pytest.mark.parametrize("name", ["composite.json", "mine.jsonl"])
+def test_json_that_is_nested_too_deeply(tmp_path, name):
+    first = '{"image": "a.png", "text": "x"}\n' * (name == "mine.jsonl")
+    write(tmp_path / "s" / name, first + "[" * 200_000)
+    with pytest.raises(SourceError, match=f"{name}.*(this is not Composite|no JSON)"):
+        convert("table" if first else "composite", tmp_path / "s" / name, tmp_path / "out", images="none")
+
+
+def test_a_file_that_was_mended_is_read_anew(tmp_path):
+    table(tmp_path / "s/mine.csv", [{"file": "a.png", "text": "x"}])
+    with pytest.raises(SourceError, match="which column is the image"):
+        convert("table", tmp_path / "s", tmp_path / "out", images="none")
+    table(tmp_path / "s/mine.csv", [{"image": "a.png", "text": "x"}])
+    assert convert("table", tmp_path / "s", tmp_path / "out", images="none").written == 1
+    for name in ("dog", "horse"):
+        pair = {"image": f"{name}.jpg", "captions": [name, "two"], "label": 1, "references": []}
+        write(tmp_path / "t/pascal.json", {"HC": [pair]})
+        convert("pascal-50s", tmp_path / "t", tmp_path / "out2", images="none", allow_subset=True)
+        assert load_records(tmp_path / "out2", need_images=False).records[0].text == name
+
+
+def test_bytes_that_are_no_text(tmp_path):
+    """In another encoding a caption would be another; it is not taken with question marks in it."""
+    write(tmp_path / "s/mine.csv", "image,text\na.png,Caf\u00e9\nb.png,Tea\n".encode("latin-1"))
+    done = convert("table", tmp_path / "s", tmp_path / "out", images="none", max_rejected=0.5)
+    assert (done.written, done.rejected) == (1, 1)
+    assert "text is not valid Unicode at character" in next(iter(done.reasons))
+    rows = [{"image": "\ud800.png", "text": "x"}, {"image": "b.png", "text": "y"}]
+    write(tmp_path / "t/mine.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write(tmp_path / "t/b.png", picture(1))
+    str(convert("table", tmp_path / "t", tmp_path / "out2", max_rejected=0.5)).encode()  # may be printed
+
+
 def test_rows_that_are_not_of_the_published_form(tmp_path):
     pair = {"image": "a.jpg", "captions": ["one", "two"], "label": 1, "references": []}
     write(tmp_path / "s/pascal.json", {"HC": [pair, {"image": "b.jpg"}]})
@@ -149,6 +242,15 @@ def test_rows_that_are_not_of_the_published_form(tmp_path):
 def test_wrong_counts(tmp_path):
     with pytest.raises(SourceError, match=r"3 records of Polaris \(test\), but 26,122 were published.*--allow_subset"):
         convert("polaris", polaris(tmp_path / "s"), tmp_path / "out")
+
+
+def test_all_splits_are_counted_only_where_each_is_known(tmp_path):
+    row = {"prompt_id": "p", "prompt": "x", "rank": 1, "overall_rating": 4, "image": hub_image(1)}
+    for name in ("train", "test"):
+        parquet(tmp_path / f"s/{name}.parquet", [row | {"prompt_id": name}])
+    assert convert("imagereward", tmp_path / "s", tmp_path / "out", split="all").written == 2
+    with pytest.raises(SourceError, match=r"3 records of Polaris \(all\), but 131,020 were published"):
+        convert("polaris", polaris(tmp_path / "t"), tmp_path / "out2", split="all")
 
 
 def test_bytes_that_are_no_picture(tmp_path):
@@ -233,6 +335,32 @@ def test_splits(tmp_path):
         assert done.written == count
     with pytest.raises(SourceError, match=r"no file of the split 'tset'.*train \(1\)"):
         convert("table", tmp_path / "t", tmp_path / "out", split="tset", images="none")
+
+
+def test_odd_tables(tmp_path):
+    """Keys that some rows lack, numbers as only Python writes them, and a column that is there twice."""
+    rows = [{"image": "a.png", "text": "x", "request": "r", "score": 1}, {"image": "b.png", "text": "y"}, {"text": "z"}]
+    write(tmp_path / "s/mine.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    done = convert("table", tmp_path / "s", tmp_path / "out", images="none", max_rejected=0.5)
+    assert (done.written, done.rejected) == (2, 1)
+    (record, _) = load_records(tmp_path / "out", need_images=False).records
+    assert (record.request, record.score) == ("r", 1)
+    table(tmp_path / "t/mine.csv", [{"image": "a.png", "text": "x", "score": score} for score in ("1_0", "10")])
+    done = convert("table", tmp_path / "t", tmp_path / "out2", images="none", max_rejected=0.5)
+    assert (done.written, done.reasons) == (1, {"score is ..., not a number": 1})
+    write(tmp_path / "u/mine.csv", "image,text,text\na.png,x,y\n")
+    with pytest.raises(SourceError, match="mine.csv: column 'text' twice"):
+        convert("table", tmp_path / "u", tmp_path / "out3", images="none")
+
+
+def test_values_of_another_kind(tmp_path):
+    ranked = [{"id": 7, "prompt": "p", "generations": ["a.png", "b.png"], "ranking": [1, 2]}]
+    write(tmp_path / "s/test.json", ranked)
+    convert("imagereward", tmp_path / "s", tmp_path / "out", images="none", allow_subset=True)
+    assert load_records(tmp_path / "out", need_images=False).records[0].group == "imagereward/test/7"
+    write(tmp_path / "t/test.json", [{"prompt": "p", "image_path": ["a.png", 5], "rank": [1, 2]}])
+    done = convert("hpdv2", tmp_path / "t", tmp_path / "out2", images="none", max_rejected=0.5)
+    assert (done.written, list(done.reasons)) == (1, ["picture ... is not a name"])
 
 
 def test_columns_are_for_tables(tmp_path):

@@ -57,9 +57,10 @@ def test_flickr8k_expert_means_that_are_equal_stay_equal(tmp_path):
 
 def test_flickr8k_as_published(tmp_path):
     folder = tmp_path / "s"
-    write(folder / "Flickr8k.token.txt", "a.jpg#0\tA dog .\na.jpg#1\tA cat .\nb.jpg#0\tA bird .\n")
+    write(folder / "Flickr8k.token.txt", "\ufeffa.jpg#0\tA dog .\na.jpg#1\tA cat .\nb.jpg#0\tA bird .\n")
     write(
-        folder / "ExpertAnnotations.txt", "a.jpg\tb.jpg#0\t1\t1\t2\nb.jpg\tb.jpg#0\t4\t4\t4\nb.jpg\ta.jpg#1\t2\t3\t3\n"
+        folder / "ExpertAnnotations.txt",
+        "\ufeffa.jpg\tb.jpg#0\t1\t1\t2\nb.jpg\tb.jpg#0\t4\t4\t4\nb.jpg\ta.jpg#1\t2\t3\t3\n",
     )
     write(folder / "CrowdFlowerAnnotations.txt", "a.jpg\tb.jpg#0\t0.25\t1\t3\nb.jpg\ta.jpg#0\tnan\t0\t0\n")
     expert, _ = records_of("flickr8k-expert", folder)
@@ -130,6 +131,14 @@ def test_pascal_50s_mat(tmp_path):
     }
     assert found["MM/0001/b"]["text"] == "four"
     assert found["MM/0001/b"]["image"] == "images/b.jpg"
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 600, b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM" + bytes(512)])
+def test_pascal_50s_mat_that_is_none(tmp_path, content):
+    pascal_mats(tmp_path, [("1.jpg", "a", "b", 1, 30)])
+    (tmp_path / "consensus_pascal.mat").write_bytes(content)
+    with pytest.raises(SourceError, match="consensus_pascal.mat: damaged or no MATLAB file"):
+        convert("pascal-50s", tmp_path, tmp_path / "out", images="none")
 
 
 def test_foil(tmp_path):
@@ -219,6 +228,16 @@ def test_references_are_parsed_and_never_run(tmp_path):
     with pytest.raises(ValueError, match="not a list of captions"):
         records_of("polaris-star", tmp_path / "s")
     assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize("references", ['"one caption"', "'one caption'", "7", "{}", "[" * 20_000])
+def test_references_that_are_no_list(tmp_path, references):
+    """Of a text the first letter would be the reference."""
+    rows = [{"mt": "a cat", "refs": given, "score": "0.25", "imgid": "x.jpg"} for given in ("['a ref']", references)]
+    table(tmp_path / "s/polaris_val.csv", rows)
+    pairs, rejected = records_of("polaris-star", tmp_path / "s", max_rejected=0.5)
+    assert set(pairs) == {"000000/ref", "000000/cand"}
+    assert "not a list of captions" in rejected[0]
 
 
 def test_nebula(tmp_path):

@@ -19,6 +19,9 @@ from multitap_jax.evaluation.baselines import parse_score
         ("It deserves 90 out of 100.", 90),
         ("It names 2 of 3 things, so 4 / 5 is fair.", 80),
         ("score 0", 0),
+        ("Score out of 100: 85", 85),
+        ("The score (out of 100) is 85.", 85),
+        ("Rating (out of 5): 4", 80),
         ("100", 100),
     ],
 )
@@ -36,6 +39,8 @@ def test_a_score_is_read(text, score):
         "Score: 11/10",
         "Score: 3/0",
         "Score: -5 points",
+        "The score is out of 100.",
+        "Score: 1,000",
         "80% of it is right",
         "1.2.3",
         "I will score this. There are 3 dogs.",
