@@ -75,7 +75,7 @@ def real_raters(options: argparse.Namespace) -> list[Case]:
     ratings = np.array([[r.ratings[name] for name in names] for r in rated], np.float64)
     if not options.scores:
         return [judged(Path(options.input).name, ratings, "no scorer", None)]
-    scores = dict(zip((r.id for r in records), read_scores(options.scores, [r.id for r in records]), strict=True))
+    scores = dict(zip((r.id for r in records), read_scores(options.scores, records), strict=True))
     return [
         judged(Path(options.input).name, ratings, Path(options.scores).name, np.array([scores[r.id] for r in rated]))
     ]

@@ -43,9 +43,10 @@ def measures(options: argparse.Namespace, demo: Demo, records: list[Record]) -> 
     target = np.array([record.score for record in learned])
     groups = [str(record.group) for record in learned]
     yield "frozen base, ridge head", RidgeHead().fit(states, target, groups=groups).predict(heldout)
-    ids = [record.id for record in load_records(demo.heldout).records]
+    everything = load_records(demo.heldout).records
+    ids = [record.id for record in everything]
     for name, said in {"trained": "stage 1", "blanked": "stage 1, pictures blanked"}.items():
-        scores = dict(zip(ids, read_scores(demo.scores(name), ids), strict=True))
+        scores = dict(zip(ids, read_scores(demo.scores(name), everything), strict=True))
         yield said, np.array([scores[record.id] for record in records])
 
 

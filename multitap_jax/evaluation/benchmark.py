@@ -115,7 +115,7 @@ def evaluate_benchmark(
       ProtocolError, ScoresError: see `Benchmark.open` and `read_scores`.
     """
     benchmark = Benchmark.open(protocol, records_path, allow_subset=allow_subset, allow_outside_root=allow_outside_root)
-    scores = read_scores(scores_path, [record.id for record in benchmark.records], score_field)
+    scores = read_scores(scores_path, benchmark.records, score_field)
     return report_of(benchmark, scores, read_note(scores_path), records_path, bootstrap_samples, seed)
 
 

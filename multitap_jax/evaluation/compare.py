@@ -119,10 +119,9 @@ def compare_files(
 ) -> Comparison:
     """`compare_scores` of two files; arguments as `evaluate_benchmark`, `against_field` as `score_field` by default."""
     benchmark = Benchmark.open(protocol, records_path, allow_subset=allow_subset, allow_outside_root=allow_outside_root)
-    ids = [record.id for record in benchmark.records]
     fields = (score_field, against_field or score_field)
     paths = (scores_path, against_path)
-    first, second = (read_scores(path, ids, field) for path, field in zip(paths, fields, strict=True))
+    first, second = (read_scores(path, benchmark.records, field) for path, field in zip(paths, fields, strict=True))
     names = [Path(path).name for path in paths]
     if Path(scores_path) == Path(against_path):
         names = [f"{name}: {field}" for name, field in zip(names, fields, strict=True)]

@@ -91,22 +91,17 @@ def write_benchmark(
 ) -> Path:
     """Writes the page of a benchmark: `report` is of these scores float64[N] of the benchmark's records.
 
-    Chart and pictures show both sides from their smallest number (0) to their largest (1); the statistic does not.
+    A correlation is shown by its records, an accuracy by its comparisons.
     """
-    human = benchmark.human_means()
-    points = np.stack([_stretched(scores), _stretched(human)], axis=1)
-    known = dict(zip((record.id for record in benchmark.records), points.tolist(), strict=True))
     rows = {report.statistic: report.value, **report.categories}
-    cells = [[escaped(spelled(name)), estimate(_interval(found))] for name, found in rows.items()]
-    others = [[escaped(name), f"<b>{value:.3f}</b>"] for name, value in report.others.items()]
-    words = "Each dot is a record; both sides from their smallest number, 0, to their largest, 1."
+    cells = [[escaped(name), estimate(_interval(found, 100))] for name, found in rows.items()]
+    others = [[escaped(name), f"<b>{100 * value:.3f}</b>"] for name, value in report.others.items()]
+    compared = benchmark.protocol.statistic == "accuracy"
     body = [
         header("multitap report", title, f"{report.benchmark}: {_subject(scores_path, records_path)}"),
-        "<h2>Agreement</h2>" + table(["", "value, 95% interval"], cells + others, style="table lead-row"),
+        "<h2>Agreement</h2>" + table(["", "x 100, 95% interval"], cells + others, style="table lead-row"),
         *_warnings(report.warnings),
-        "<section class=plots>" + figure(scatter_chart(points[:, 1], points[:, 0]), "Predicted against human", words),
-        "</section>",
-        *_pictures(known, benchmark.records),
+        *(_comparisons(benchmark, scores, report) if compared else _judgements(benchmark, scores)),
         "<h2>Protocol</h2>",
         paragraphs(report.words().splitlines()),
         "<h2>How it was made</h2>",
@@ -120,6 +115,41 @@ def write_benchmark(
         ),
     ]
     return write_page(path, title, body)
+
+
+def _judgements(benchmark: Benchmark, scores: np.ndarray) -> Iterator[str]:
+    """Chart and pictures; both sides from their smallest number (0) to their largest (1), which no tau minds."""
+    points = np.stack([_stretched(scores), _stretched(benchmark.human_means())], axis=1)
+    words = "Each dot is a record; both sides from their smallest number, 0, to their largest, 1."
+    chart = figure(scatter_chart(points[:, 1], points[:, 0]), "Predicted against human", words)
+    yield f"<section class=plots>{chart}</section>"
+    yield from _pictures({r.id: p for r, p in zip(benchmark.records, points.tolist(), strict=True)}, benchmark.records)
+
+
+def _comparisons(benchmark: Benchmark, scores: np.ndarray, report: BenchmarkReport) -> Iterator[str]:
+    """Accuracy by category, and the comparisons that the scores lose and win by most, side by side."""
+    if report.categories:
+        bars = [(name, _interval(found), None) for name, found in report.categories.items()]
+        yield figure(objectives_chart(bars, "accuracy"), "Categories", "Share of comparisons ordered as people did.")
+    level = _stretched(scores)
+    margin = scores[benchmark.rows[:, 0]] - scores[benchmark.rows[:, 1]]
+    order = np.argsort(margin, kind="stable")
+    for heading, chosen, words in (
+        ("Ordered the other way round", [i for i in order if margin[i] <= 0], "Lost by most."),
+        ("Ordered as people did", [i for i in order[::-1] if margin[i] > 0], "Won by most."),
+    ):
+        cards = [card for i in chosen[: CARDS // 2] for card in _sides(benchmark.records, benchmark.rows[i], level)]
+        words += " People preferred the side of human 1.00; scores are shown from the smallest, 0, to the largest, 1."
+        if cards:
+            yield gallery(heading, cards, words=words)
+
+
+def _sides(records: Sequence[Record], row: np.ndarray, level: np.ndarray) -> list[Example]:
+    """The two sides of a comparison (better, worse): one card of one picture, or two."""
+    better, worse = ((records[i], human, float(level[i])) for i, human in zip(row, (1.0, 0.0), strict=True))
+    if better[0].images == worse[0].images:
+        return [Example(better[0].images[0], [(record.text, human, ours) for record, human, ours in (better, worse)])]
+    return [Example(record.images[0], [(record.text, human, ours)]) for record, human, ours in (better, worse)]
 
 
 def _subject(scores_path: str | Path, records_path: str | Path) -> str:
@@ -136,8 +166,8 @@ def _warnings(warnings: Sequence[str]) -> Iterator[str]:
         yield f"<p class=note>{escaped(warning)}</p>"
 
 
-def _interval(statistic: Statistic) -> Interval:
-    return Interval(statistic.value, statistic.interval.low, statistic.interval.high)
+def _interval(statistic: Statistic, times: float = 1) -> Interval:
+    return Interval(times * statistic.value, times * statistic.interval.low, times * statistic.interval.high)
 
 
 def _agreement(rows: dict[str, Metrics]) -> str:

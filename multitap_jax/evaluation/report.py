@@ -19,6 +19,11 @@ from multitap_jax.evaluation.scores import is_number
 from multitap_jax.scoring.journal import sidecar_of
 
 NO_TARGET = "none"  # compare the objectives only
+PREFERENCE = "ratings.preference"
+_OF_A_GROUP = (
+    f"{PREFERENCE} orders records of one group only; count it by a protocol, --benchmark=NAME (`multitap evaluate "
+    "--help` lists them)"
+)
 SHOWN = 3  # examples of a problem in the table; the JSON lists all
 
 
@@ -171,6 +176,8 @@ def evaluate_files(
     low, high = target_range
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise RecordsError(f"target_range {target_range}: expected two finite numbers, the first below the second")
+    if target == PREFERENCE:
+        raise RecordsError(f"{records_path}: {_OF_A_GROUP}")
     if target not in ("score", NO_TARGET) and not target.startswith("ratings."):
         raise RecordsError(f"target {target!r}: expected 'score' or 'ratings.NAME' (--target), or 'none'")
     items = list(iter_records(Path(records_path), allow_outside_root=allow_outside_root, need_images=False))
@@ -270,7 +277,10 @@ def _check_target(records: list[Record], target: str, path: str | os.PathLike[st
     if target == NO_TARGET or not records or any(record.target(target) is not None for record in records):
         return
     there = ["score"] * any(record.score is not None for record in records)
-    there += dict.fromkeys(f"ratings.{n}" for r in records for n, value in r.ratings.items() if value is not None)
+    rated = dict.fromkeys(f"ratings.{n}" for r in records for n, value in r.ratings.items() if value is not None)
+    there += [name for name in rated if name != PREFERENCE]
+    if PREFERENCE in rated and not there:
+        raise RecordsError(f"{path}: {_OF_A_GROUP}")
     choice = f"it has {', '.join(there)}: choose one with --target={there[0]}" if there else "it has no human scores"
     raise RecordsError(f"{path}: no record has {target}; {choice}, or compare the objectives only with --target=none")
 

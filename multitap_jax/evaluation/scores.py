@@ -7,6 +7,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
+from multitap_jax.data.records import Record
 from multitap_jax.data.tables import RecordsError, Unreadable, read_jsonl, some
 
 
@@ -14,20 +15,21 @@ class ScoresError(RecordsError):
     """Scores that do not fit the records; the message has counts, examples and the remedy."""
 
 
-def read_scores(path: str | Path, ids: Sequence[str], field: str = "score") -> np.ndarray:
+def read_scores(path: str | Path, records: Sequence[Record], field: str = "score") -> np.ndarray:
     """Scores in the order of the records.
 
     Args:
-      path: JSON lines `{"id", FIELD}`; or, where no line has an id, as many lines as records, in their order.
-      ids: of the records.
+      path: JSON lines `{"id", FIELD}`; or, where no line has an id, as many lines as records, in their order; where
+        such lines have a "text", it must be that of their record.
+      records: what was scored.
       field: the number that is read; "scores.NAME" reads one of the objectives that `multitap score` writes.
 
     Returns:
-      float64[len(ids)], all finite.
+      float64[len(records)], all finite.
 
     Raises:
       ScoresError: no such file, unreadable or double lines, scores that are missing, no number, NaN or infinite, ids of
-        other records, another number of lines. A part of the records is never taken for all.
+        other records, another number or order of lines. A part of the records is never taken for all.
     """
     path = Path(path)
     if not path.is_file():
@@ -43,7 +45,7 @@ def read_scores(path: str | Path, ids: Sequence[str], field: str = "score") -> n
         line = next(line for line, row in rows if "id" not in row)
         raise ScoresError(f"{path}: {len(rows) - named:,} of {len(rows):,} lines have no id, the first is line {line}")
     found = _values(path, rows, field)
-    return _by_id(path, rows, found, ids) if named else _in_order(path, found, ids)
+    return _by_id(path, rows, found, [r.id for r in records]) if named else _in_order(path, rows, found, records)
 
 
 def _values(path: Path, rows: Sequence[tuple[int, dict[str, Any]]], field: str) -> np.ndarray:
@@ -68,12 +70,21 @@ def _values(path: Path, rows: Sequence[tuple[int, dict[str, Any]]], field: str) 
     return np.array(values, np.float64)
 
 
-def _in_order(path: Path, found: np.ndarray, ids: Sequence[str]) -> np.ndarray:
-    if len(found) != len(ids):
+def _in_order(
+    path: Path, rows: Sequence[tuple[int, dict[str, Any]]], found: np.ndarray, records: Sequence[Record]
+) -> np.ndarray:
+    if len(found) != len(records):
         raise ScoresError(
-            f"{path}: {len(found):,} scores without ids for {len(ids):,} records; without ids, there must be one for "
-            "each record, in the order of the records"
+            f"{path}: {len(found):,} scores without ids for {len(records):,} records; without ids, there must be one "
+            "for each record, in the order of the records"
         )
+    for (line, row), record in zip(rows, records, strict=True):
+        text = row.get("text")
+        if isinstance(text, str) and text.split() != record.text.split():
+            raise ScoresError(
+                f"{path}: line {line} is of the text {text[:60]!r}, but its record, {record.id}, of "
+                f"{record.text[:60]!r}: without ids, lines must be in the order of the records. Give the lines ids"
+            )
     return found
 
 

@@ -68,13 +68,13 @@ def scatter_chart(human: np.ndarray, predicted: np.ndarray) -> bytes:
     return _png(figure)
 
 
-def objectives_chart(rows: Sequence[tuple[str, Interval, float | None]]) -> bytes:
-    """PNG of one bar an objective (tau_c with its interval) and, where it is known, one dot (share within a half)."""
+def objectives_chart(rows: Sequence[tuple[str, Interval, float | None]], what: str = "tau_c") -> bytes:
+    """PNG of one bar an objective (`what` with its interval) and, where it is known, one dot (share within a half)."""
     figure, axes = _axes(10.0, 0.42 * len(rows) + 1.1)
     places = np.arange(len(rows))[::-1]
     values = np.nan_to_num([tau.value for _, tau, _ in rows])
     errors = np.nan_to_num([[tau.value - tau.low, tau.high - tau.value] for _, tau, _ in rows]).T.reshape(2, -1)
-    axes.barh(places, values, 0.58, color=_BLUE, xerr=np.maximum(errors, 0), ecolor=_INK, capsize=2.5, label="tau_c")
+    axes.barh(places, values, 0.58, color=_BLUE, xerr=np.maximum(errors, 0), ecolor=_INK, capsize=2.5, label=what)
     dots = [(share, place) for (_, _, share), place in zip(rows, places, strict=True) if share is not None]
     if dots:
         shares, where = np.array(dots).T

@@ -123,7 +123,7 @@ def _picture(path: Path, alt: str) -> str:
     try:
         image = decode_image(path)
     except ImageError as error:
-        return f"<p class=note>{escaped(error)}</p>"
+        return f"<p class=note>{escaped(str(error).replace(str(path), path.name))}</p>"  # pages travel, folders do not
     image.thumbnail((SIDE, SIDE))
     buffer = io.BytesIO()
     few = image.getcolors(4096) is not None  # drawn, not photographed

@@ -127,6 +127,11 @@ def compare(values: flags.FlagValues) -> Any:
     check_rejected_share(Path(values.input), report.n_records, report.rejected, values.max_rejected)
     compared = any(metrics.n for metrics in report.objectives.values())
     if not (compared if report.target == "none" else report.overall.n):
+        if report.problems and all(problem.reason == "no id" for problem in report.problems):
+            raise ValueError(
+                f"{values.scores}: no line has an id, by which scores and records are joined; lines without ids "
+                "are taken with --benchmark alone, in the order of the records"
+            )
         what = "ratings of its objectives" if report.target == "none" else report.target
         raise ValueError(
             f"nothing to compare: no record of {values.input} has {what} and a usable line in {values.scores}; "

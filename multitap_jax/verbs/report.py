@@ -43,6 +43,6 @@ def _benchmark(values: flags.FlagValues) -> Path:
 
     options = {"allow_subset": values.allow_subset, "allow_outside_root": values.allow_outside_root}
     benchmark = Benchmark.open(evaluate.chosen_protocol(values), values.input, **options)
-    scores = read_scores(values.scores, [record.id for record in benchmark.records], values.score_field)
+    scores = read_scores(values.scores, benchmark.records, values.score_field)
     report = report_of(benchmark, scores, read_note(values.scores), values.input, values.bootstrap)
     return write_benchmark(values.output, benchmark, scores, report, values.scores, values.input, title=values.title)

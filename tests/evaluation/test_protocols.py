@@ -2,13 +2,13 @@
 
 import json
 import os
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from multitap_jax.cli import main
+from multitap_jax.data.records import Record
 from multitap_jax.data.sources import DATASETS, convert
 from multitap_jax.evaluation.benchmark import evaluate_benchmark
 from multitap_jax.evaluation.protocols import PROTOCOLS, Benchmark, Protocol, ProtocolError, protocol_named
@@ -213,6 +213,10 @@ def test_categories_without_a_bootstrap(tmp_path):
 IDS = ["a", "b", "c", "d", "e"]
 
 
+def records_of(ids):
+    return [Record(name, (), f"text of {name}", None, None, {}, None, 1) for name in ids]
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -231,34 +235,36 @@ IDS = ["a", "b", "c", "d", "e"]
         ([{"id": i, "score": None, "error": "image x: truncated"} for i in IDS], "line 1, id a: image x: truncated"),
         ([{"id": i, "logit": 1} for i in IDS], r"score is None.*has id, logit; --score_field names what is read"),
         ([{"score": 1}] * 4, "4 scores without ids for 5 records"),
+        (
+            [{"score": 1, "text": f"text of {i}"} for i in "abdce"],
+            "line 3 is of the text 'text of d', but its record, c, of 'text of c'.*Give the lines ids",
+        ),
         ([{"score": 1}, *({"id": i, "score": 1} for i in IDS)], "1 of 6 lines have no id, the first is line 1"),
     ],
 )
 def test_bad_scores_are_refused_with_counts_and_examples(tmp_path, rows, message):
     with pytest.raises(ScoresError, match=message):
-        read_scores(write(tmp_path / "s.jsonl", rows), IDS)
+        read_scores(write(tmp_path / "s.jsonl", rows), records_of(IDS))
 
 
-def test_scores_of_another_large_benchmark_are_refused_at_once(tmp_path):
+def test_scores_of_another_large_benchmark_are_refused(tmp_path):
     path = write(tmp_path / "s.jsonl", [{"id": f"x{i}", "score": 1} for i in range(10_000)])
-    start = time.process_time()
     with pytest.raises(ScoresError, match="10,000 of 10,000 records have no score"):
-        read_scores(path, [f"r{i}" for i in range(10_000)])
-    assert time.process_time() - start < 1
+        read_scores(path, records_of(f"r{i}" for i in range(10_000)))
 
 
 def test_good_scores(tmp_path):
     rows = [{"id": name, "score": i, "scores": {"tone": i * 2}} for i, name in enumerate(IDS)]
     path = write(tmp_path / "s.jsonl", [*rows[::-1], {"id": "other", "score": 9, "scores": {"tone": 9}}])
-    assert read_scores(path, IDS).tolist() == [0, 1, 2, 3, 4]
-    assert read_scores(path, IDS, "scores.tone").tolist() == [0, 2, 4, 6, 8]
+    assert read_scores(path, records_of(IDS)).tolist() == [0, 1, 2, 3, 4]
+    assert read_scores(path, records_of(IDS), "scores.tone").tolist() == [0, 2, 4, 6, 8]
     unnamed = write(tmp_path / "u.jsonl", [{"score": i} for i in range(5)])
-    assert read_scores(unnamed, IDS).tolist() == [0, 1, 2, 3, 4]
+    assert read_scores(unnamed, records_of(IDS)).tolist() == [0, 1, 2, 3, 4]
     with pytest.raises(ScoresError, match="no such scores file"):
-        read_scores(tmp_path / "none.jsonl", IDS)
+        read_scores(tmp_path / "none.jsonl", records_of(IDS))
     (tmp_path / "bad.jsonl").write_text('{"id": "a"\n')
     with pytest.raises(ScoresError, match="1 of 1 lines are unreadable: line 1: not JSON"):
-        read_scores(tmp_path / "bad.jsonl", IDS)
+        read_scores(tmp_path / "bad.jsonl", records_of(IDS))
 
 
 @pytest.fixture

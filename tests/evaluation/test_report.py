@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from multitap_jax.cli import main
 from multitap_jax.data.tables import RecordsError
 from multitap_jax.evaluation import evaluate_files, evaluate_pairs
 from multitap_jax.evaluation.page import write_evaluation
@@ -250,3 +251,25 @@ def test_published_fleur_figures_from_files(tmp_path):
     assert report.overall.tau_b.value == pytest.approx(0.57698, abs=5.01e-6)
     assert report.overall.pearson.value == pytest.approx(0.7915, abs=5.01e-5)
     assert (report.overall.n, report.overall.n_groups) == (5664, 1000)
+
+
+def test_preferences_are_not_pooled_over_groups(tmp_path):
+    """They are comparable inside a group alone."""
+    records = [
+        {"id": f"{g}/{i}", "image": "a.png", "text": "x", "group": str(g), "ratings": {"preference": 1 - i}}
+        for g in range(3)
+        for i in range(2)
+    ]
+    scores = [{"id": record["id"], "score": 0.5} for record in records]
+    for target in (None, "ratings.preference"):
+        with pytest.raises(
+            RecordsError, match=r"ratings.preference orders records of one group only.*--benchmark=NAME"
+        ):
+            report_of(tmp_path, records, scores, target=target)
+
+
+def test_lines_without_ids_are_told_so(tmp_path, capsys):
+    record = {"id": "a", "image": "a.png", "text": "x", "score": 0.5}
+    arguments = [f"--scores={write(tmp_path / 's.jsonl', [{'score': 1}])}"]
+    assert main(["evaluate", *arguments, f"--input={write(tmp_path / 'r.jsonl', [record])}"]) == 1
+    assert "no line has an id, by which scores and records are joined" in capsys.readouterr().err
