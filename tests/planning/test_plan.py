@@ -81,9 +81,11 @@ def test_arguments_are_what_is_held_and_the_batch(plan, folder):
 def test_scoring_gathers_weights_and_never_activations(folder):
     config = dataclasses.replace(CONFIG, mesh=MeshConfig(data=2, fsdp=4))
     (scoring,) = make_plan(config, str(folder), CPU, ASSUMED, steps=("scoring",)).steps
-    assert scoring.compiled.cost.collectives
     activations = scoring.workload.batch.tokens.size // 8 * 64 * 4  # of one shard, one layer
-    assert all(item.payload < activations / 4 for item in scoring.compiled.cost.collectives)
+    large = [item for item in scoring.compiled.cost.collectives if item.payload >= activations / 4]
+    # Looked-up embeddings alone change places, from columns to rows within an fsdp group.
+    assert {item.kind for item in large} == {"all-to-all"}
+    assert sum(item.payload * item.runs for item in large) <= 2 * activations
 
 
 def test_the_shapes_are_those_of_the_packer(plan):
