@@ -113,7 +113,8 @@ def test_too_many_pictures_that_break_during_the_run_stop_it(base, train_file, t
     assert train(base, train_file, tmp_path / "run") == 1
     message = capsys.readouterr().err
     assert "records rejected" in message
-    assert "So many have one cause" in message
+    # How many have been read when it stops is a matter of threads: either remedy may be the right one.
+    assert "max_rejected=" in message or "So many have one cause" in message
     assert lines(tmp_path / "run" / "rejected.jsonl")
     assert not (tmp_path / "run" / "artefact").exists()
 

@@ -27,6 +27,7 @@ from multitap_jax.demo.scenes import draw_scene, scene_rng
 from multitap_jax.demo.texts import caption
 from multitap_jax.demo.world import scene_index
 from multitap_jax.stage1.optimizer import make_optimizer
+from multitap_jax.stage1.step import settled
 
 BATCH = 16
 CAPTION_STREAM = 3
@@ -82,7 +83,7 @@ def pretrain(backbone: Backbone, processing: Processing, train: Path, *, seed: i
     def step(params, state, batch):
         objective = lambda params: caption_loss(nnx.merge(graph, params), batch)
         (loss, right), grads = jax.value_and_grad(objective, has_aux=True)(params)
-        updates, state = optimizer.update(grads, state, params)
+        updates, state = optimizer.update(settled(grads), state, params)
         return optax.apply_updates(params, updates), state, loss, right
 
     with _bar() as progress:

@@ -115,6 +115,15 @@ def forward(model: Any, cell: PackedBatch, execution: Execution) -> jax.Array:
     return jax.vmap(run, spmd_axis_name=BATCH_AXES)(cell)
 
 
+def settled(grads: Any) -> Any:
+    """Gradients that are whole before anything reads them.
+
+    XLA's CPU runtime (jaxlib 0.10.2) was seen to sum a norm from gradients in the making where cores are busy: in one
+    step of fifteen with three processes on two cores, by up to 8 %, and never in 360 steps behind this barrier.
+    """
+    return jax.lax.optimization_barrier(grads)
+
+
 def make_train_step(
     partition: Partition,
     optimizer: optax.GradientTransformation,
@@ -141,6 +150,7 @@ def make_train_step(
     shards, execution = batch_shards(mesh), dataclasses.replace(execution, mesh=mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(partition, optimizer, mesh, offload=offload))
     near = jax.tree.map(lambda x: x.sharding, abstract_state(partition, optimizer, mesh).opt_state)
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
 
     def loss(
         trainable: nnx.State, frozen: nnx.State, cell: PackedBatch, group: Array | None
@@ -168,6 +178,7 @@ def make_train_step(
     def step(state: TrainState, frozen: nnx.State, batch: PackedBatch, *group: Array) -> tuple[TrainState, Metrics]:
         cells = split_cells(batch, shards, accumulation, partition.block)
         grads, total, count, logits = accumulate(state.trainable, frozen, cells, *(group or (None,)))
+        grads = settled(grads) if on_cpu else grads
         terms = jnp.maximum(count, 1.0)
         grads = jax.tree.map(lambda g: g / terms, grads)
         norm, mean = optax.global_norm(grads), total / terms
