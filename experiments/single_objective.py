@@ -11,13 +11,13 @@ import argparse
 from collections.abc import Iterator
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from experiments.common import Demo, demo_of, keep, parser
 from multitap_jax.data.records import Record, load_records
 from multitap_jax.display import TextTable
 from multitap_jax.evaluation.baselines import Judge
 from multitap_jax.evaluation.correlation import Metrics, evaluate_pairs
+from multitap_jax.evaluation.plots import objective_figure
 from multitap_jax.evaluation.scores import read_scores
 from multitap_jax.scoring.scorer import Scorer
 from multitap_jax.stage2 import RidgeHead
@@ -78,21 +78,6 @@ def table_of(found: dict[str, Metrics]) -> TextTable:
     return table
 
 
-def figure_of(found: dict[str, Metrics]) -> Figure:
-    """A bar a way to score."""
-    figure = Figure(figsize=(8, 1 + 0.5 * len(found)), layout="constrained")
-    axes = figure.subplots()
-    for row, metrics in enumerate(found.values()):
-        tau = metrics.tau_c
-        axes.barh(row, tau.value, color="tab:blue", alpha=0.7)
-        axes.plot([tau.interval.low, tau.interval.high], [row, row], color="black")
-    axes.set_yticks(range(len(found)), list(found))
-    axes.invert_yaxis()
-    axes.axvline(0, color="0.5", linewidth=1)
-    axes.set(xlabel="Kendall tau_c with the overall rating, 95 % interval")
-    return figure
-
-
 def main() -> None:
     """Runs the experiment."""
     flags = parser(__doc__)
@@ -101,7 +86,7 @@ def main() -> None:
     options = flags.parse_args()
     found = measure(options)
     numbers = {name: {key: s.value for key, s in metrics.statistics().items()} for name, metrics in found.items()}
-    keep("single_objective", options, table_of(found), figure_of(found), numbers)
+    keep("single_objective", options, table_of(found), objective_figure(found), numbers)
 
 
 if __name__ == "__main__":

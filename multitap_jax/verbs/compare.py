@@ -12,6 +12,7 @@ from pathlib import Path
 from absl import flags
 
 from multitap_jax.verbs.common import benchmark_flags, input_flags, whole_number
+from multitap_jax.verbs.evaluate import more_help as more_help  # the same table of protocols
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -26,13 +27,6 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("output", None, "File for the comparison as JSON.", flag_values=values)
     whole_number(values, "bootstrap", 1000, "Bootstrap samples.", low=100)
     flags.mark_flags_as_required(["scores", "against"], flag_values=values)
-
-
-def more_help() -> str:
-    """The table of protocols."""
-    from multitap_jax.evaluation.protocols import describe
-
-    return describe()
 
 
 def run(values: flags.FlagValues) -> int:

@@ -1,5 +1,6 @@
 """Starts processes of one run on this machine, as a launcher would."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -7,8 +8,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = [sys.executable, "-m", "tests.parallel.verbs_script"]
@@ -19,6 +22,15 @@ def environment(**changes: object) -> dict[str, str]:
     """This one's, for a process that sees one simulated device and finds the package."""
     settings = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": 1, "COLUMNS": 200, **changes}
     return {**os.environ, **{name: str(value) for name, value in settings.items()}}
+
+
+@contextlib.contextmanager
+def programs_kept(cache: Path) -> Iterator[None]:
+    """Processes started in here find each other's compiled programs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        yield
 
 
 def free_port() -> int:

@@ -12,7 +12,7 @@ from multitap_jax.demo.checkpoint import build_checkpoint
 from multitap_jax.demo.texts import vocabulary_sample
 from multitap_jax.demo.world import build_world
 from multitap_jax.stage2 import EmbeddingStore
-from tests.parallel.group import CLI, ROOT, start, verbs, when
+from tests.parallel.group import CLI, ROOT, programs_kept, start, verbs, when
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +22,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True, scope="module")
 def compiled(folder):
-    """Processes of these tests find each other's programs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "cache"))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    with programs_kept(folder / "cache"):
         yield
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from multitap_jax.parallel.distributed import LOST
-from tests.parallel.group import start, when
+from tests.parallel.group import programs_kept, start, when
 
 STEPS = 40
 
@@ -25,10 +25,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True, scope="module")
 def compiled(folder):
-    """Processes of these tests find each other's programs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "cache"))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    with programs_kept(folder / "cache"):
         yield
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from multitap_jax.data.sources.base import Dataset, Draft, Item, Layout, Request, mapped, rejected
+from multitap_jax.data.sources.base import Dataset, Draft, Item, Layout, Read, Request, mapped, rejected
 from multitap_jax.data.sources.files import embedded, number, rows
 
 HUB = frozenset({"refs", "cand", "img", "human_score"})
@@ -76,15 +76,17 @@ def _references(value: Any) -> list[str]:
     return [str(text) for text in value]
 
 
+def _layouts(read: Read) -> tuple[Layout, ...]:
+    """Both published forms, read so."""
+    return tuple(Layout(*form, read, by_split=True) for form in (("*.parquet", HUB), ("*.csv", TABLE)))
+
+
 _ORIGIN = "Wada et al., CVPR 2024; huggingface.co/datasets/yuwd/Polaris, or polaris_{train,val,test}.csv of Polos"
 
 POLARIS = Dataset(
     name="polaris",
     title="Polaris",
-    layouts=(
-        Layout("*.parquet", HUB, _read, by_split=True),
-        Layout("*.csv", TABLE, _read, by_split=True),
-    ),
+    layouts=_layouts(_read),
     counts={"train": 78630, "validation": 26268, "test": 26122},
     gives="score: human_score, as it is",
     origin=_ORIGIN,
@@ -93,10 +95,7 @@ POLARIS = Dataset(
 STAR = Dataset(
     name="polaris-star",
     title="Polaris*",
-    layouts=(
-        Layout("*.parquet", HUB, _read_star, by_split=True),
-        Layout("*.csv", TABLE, _read_star, by_split=True),
-    ),
+    layouts=_layouts(_read_star),
     split="validation",
     gives="two records (first reference, candidate) of each row with human_score <= 0.5, preference 1 and 0",
     origin=_ORIGIN,

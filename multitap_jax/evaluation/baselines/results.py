@@ -28,9 +28,7 @@ class Verdicts:
     @property
     def unparsable(self) -> int:
         """Verdicts in which no score could be read."""
-        return sum(
-            text is not None and bool(np.isnan(score)) for text, score in zip(self.texts, self.scores, strict=True)
-        )
+        return _unanswered(self.errors, np.isnan(self.scores))
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class YesNo:
     @property
     def unparsable(self) -> int:
         """Pairs whose most likely answer is neither yes nor no."""
-        return sum(error is None and bool(answer == 0) for error, answer in zip(self.errors, self.answer, strict=True))
+        return _unanswered(self.errors, self.answer == 0)
 
 
 @dataclass(frozen=True)
@@ -76,8 +74,7 @@ class Checked:
     @property
     def unparsable(self) -> int:
         """Answers that are neither yes nor no."""
-        good = np.asarray([error is None for error in self.errors], bool)
-        return int((self.answer[good] == 0).sum())
+        return _unanswered(self.errors, self.answer == 0)
 
 
 @dataclass(frozen=True)
@@ -98,6 +95,9 @@ class Expected:
     @property
     def unparsable(self) -> int:
         """Pairs without a number among the likeliest tokens."""
-        return sum(
-            error is None and bool(np.isnan(score)) for error, score in zip(self.errors, self.scores, strict=True)
-        )
+        return _unanswered(self.errors, np.isnan(self.scores))
+
+
+def _unanswered(errors: list[str | None], missing: np.ndarray) -> int:
+    """How many of bool[N, ...] are true where there is no error."""
+    return int(missing[np.asarray([error is None for error in errors], bool)].sum())
