@@ -3,9 +3,10 @@
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,11 +23,13 @@ from multitap_jax.data.records import (
     read_rejected,
     write_rejected,
 )
+from multitap_jax.data.stream import Pair
 from multitap_jax.data.tables import find_records_file
 from multitap_jax.files import canonical_hash, file_hash, sole_writer
 from multitap_jax.parallel.distributed import divided, from_main, is_main_process
 from multitap_jax.scoring.journal import input_fingerprint
-from multitap_jax.scoring.parts import Block, Parts
+from multitap_jax.scoring.occupancy import Occupancy
+from multitap_jax.scoring.parts import Block, Parts, Work
 from multitap_jax.scoring.progress import progress_bar
 from multitap_jax.scoring.scorer import Scorer
 from multitap_jax.stage2.store import EmbeddingStore
@@ -55,9 +58,11 @@ class EmbedSummary:
     rows: int
     rejected: int
     folder: Path
+    idle: float | None = None  # share of the time in which this process's device waited for the host
 
     def __str__(self) -> str:
-        return f"{self.rows:,} embeddings in {self.folder}; {self.rejected:,} records rejected"
+        waited = "" if self.idle is None else f"; the device waited {self.idle:.0%} of the time for the host"
+        return f"{self.rows:,} embeddings in {self.folder}; {self.rejected:,} records rejected{waited}"
 
 
 def scan(path: str | Path, *, allow_outside_root: bool = False) -> tuple[int, tuple[str, ...]]:
@@ -112,22 +117,26 @@ def _picture_label(file: Path) -> str:
 
 def embed_stream(
     scorer: Scorer,
-    items: Iterator[Record | Rejected],
+    lists: Iterable[Sequence[Record | Rejected]],
     objectives: tuple[str, ...],
     group_of: Callable[[Record], str],
+    occupancy: Occupancy | None = None,
 ) -> Iterator[Embedded]:
-    """Embeds records window by window, in order; those that cannot be embedded come back as rejected.
+    """Embeds list by list, in order; records that cannot be embedded come back as rejected.
 
-    `group_of` comes from `link_records`.
+    `group_of` comes from `link_records`; `lists` and `occupancy` are as in `Scorer.embed_stream`.
     """
-    while window := list(islice(items, WINDOW)):
-        records = [item for item in window if isinstance(item, Record)]
-        rejected = [item for item in window if isinstance(item, Rejected)]
-        found = scorer.embed(
-            images=[list(r.images) for r in records],
-            texts=[r.text for r in records],
-            requests=[r.request for r in records],
-        )
+    asked: deque[Sequence[Record | Rejected]] = deque()
+
+    def pairs() -> Iterator[list[Pair]]:
+        for items in lists:
+            asked.append(items)
+            yield [Pair(item.images, item.text, item.request) for item in items if isinstance(item, Record)]
+
+    for found in scorer.embed_stream(pairs(), occupancy=occupancy):
+        items = asked.popleft()
+        records = [item for item in items if isinstance(item, Record)]
+        rejected = [item for item in items if isinstance(item, Rejected)]
         good = [i for i, error in enumerate(found.errors) if error is None]
         rejected += [Rejected(records[i].line, records[i].id, e) for i, e in enumerate(found.errors) if e is not None]
         ratings = [[records[i].ratings.get(name) for name in objectives] for i in good]
@@ -191,7 +200,7 @@ def embed_records(
     rejected = [Rejected(**item) for item in found]
     # After the last shard is on disk: what was computed stays, whatever the verdict.
     check_rejected_share(file, rows, rejected, max_rejected)
-    return EmbedSummary(rows, len(rejected), folder)
+    return EmbedSummary(rows, len(rejected), folder, job.occupancy.close().idle_share)
 
 
 @dataclass
@@ -205,6 +214,7 @@ class _Job:
     objectives: tuple[str, ...]
     allow_outside_root: bool
     parts: Parts[Record | Rejected]
+    occupancy: Occupancy = field(default_factory=Occupancy)
 
     def lead(
         self, progress: Callable[..., Any], judge: Callable[[int, list[Rejected]], None]
@@ -242,24 +252,24 @@ class _Job:
     def _items(self) -> Iterator[Record | Rejected]:
         return iter_records(self.file, allow_outside_root=self.allow_outside_root)
 
-    def _work(
-        self, writer: EmbeddingWriter, progress: Callable[..., Any]
-    ) -> Callable[[Block[Record | Rejected]], dict[str, Any]]:
-        """What makes a shard of a block; collective, for all processes learn of all pictures."""
+    def _work(self, writer: EmbeddingWriter, progress: Callable[..., Any]) -> Work[Record | Rejected]:
+        """What makes shards of blocks; collective, for all processes learn of all pictures."""
         with progress(label="linking records", unit="records") as advance:
             group_of = link_records(self.file, allow_outside_root=self.allow_outside_root, advance=advance)
         self.parts.folder.mkdir(exist_ok=True)
 
-        def work(block: Block[Record | Rejected]) -> dict[str, Any]:
-            found = list(embed_stream(self.scorer, iter(block.items), self.objectives, group_of))
-            shard = writer.write_apart(
-                str(self._shard(block).relative_to(self.folder)),
-                [name for part in found for name in part.ids],
-                np.concatenate([part.embeddings for part in found]),
-                np.concatenate([part.labels for part in found]),
-                [group for part in found for group in part.groups],
-            )
-            return {"shard": shard, "rejected": [asdict(item) for part in found for item in part.rejected]}
+        def work(blocks: Iterable[Block[Record | Rejected]]) -> Iterator[dict[str, Any]]:
+            asked: deque[Block[Record | Rejected]] = deque()
+
+            def lists() -> Iterator[list[Record | Rejected]]:
+                for block in blocks:
+                    asked.append(block)
+                    yield block.items
+
+            for part in embed_stream(self.scorer, lists(), self.objectives, group_of, self.occupancy):
+                path = str(self._shard(asked.popleft()).relative_to(self.folder))
+                shard = writer.write_apart(path, part.ids, part.embeddings, part.labels, part.groups)
+                yield {"shard": shard, "rejected": [asdict(item) for item in part.rejected]}
 
         return work
 

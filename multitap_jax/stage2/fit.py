@@ -123,8 +123,8 @@ def fit_records(
         nonlocal rows
         index, count = jax.process_index(), jax.process_count()
         every = blocks(iter_records(file, allow_outside_root=allow_outside_root), WINDOW)
-        records = (item for number, block in enumerate(every) if number % count == index for item in block.items)
-        for part in embed_stream(scorer, records, names, group_of):
+        mine = (block.items for number, block in enumerate(every) if number % count == index)
+        for part in embed_stream(scorer, mine, names, group_of):
             advance(len(part.ids) + len(part.rejected))
             rejected.extend(part.rejected)
             rows += len(part.ids)

@@ -33,8 +33,10 @@ class FakeScorer:
         self.delay = delay
         self.calls: list[int] = []
 
-    def score(self, *, images, texts, requests, truncate):
-        assert len(images) == len(texts) == len(requests)
+    def score_stream(self, lists, *, truncate, occupancy):
+        return (self.score([pair.text for pair in pairs], truncate) for pairs in lists)
+
+    def score(self, texts, truncate):
         self.calls.append(len(texts))
         time.sleep(self.delay)
         overall = np.asarray([zlib.crc32(text.encode()) / 2**32 for text in texts], np.float32)

@@ -40,7 +40,7 @@ def test_one_line_a_record_in_input_order(tmp_path):
     assert scorer.calls == [10, 10, 5]
     assert (summary.lines, summary.rejected, summary.truncated, summary.resumed) == (25, 1, 1, 0)
     assert list(lines[0]) == ["id", "score", "scores", "n_tokens", "truncated", "error"]
-    expected = FakeScorer().score(images=[[]], texts=["text 0"], requests=[None], truncate=False)
+    expected = FakeScorer().score(["text 0"], truncate=False)
     assert np.float32(lines[0]["score"]) == expected.overall[0]
     assert np.float32(lines[0]["scores"]["safety"]) == expected.objectives[0, 0]
     assert lines[3]["score"] is None
@@ -232,8 +232,8 @@ def test_a_scorer_that_lets_nan_through_stops_the_job(tmp_path, monkeypatch):
     source, output = write_records(tmp_path, 3), tmp_path / "scores.jsonl"
     good = FakeScorer.score
 
-    def broken(self, **pairs):
-        scores = good(self, **pairs)
+    def broken(self, *pairs):
+        scores = good(self, *pairs)
         scores.overall[1] = np.nan
         return scores
 
