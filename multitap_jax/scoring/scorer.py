@@ -33,6 +33,7 @@ from multitap_jax.scoring.artefact import Artefact
 from multitap_jax.scoring.occupancy import Occupancy
 from multitap_jax.scoring.pairs import Source, make_pairs
 from multitap_jax.scoring.progress import progress_bar
+from multitap_jax.scoring.quantize import WEIGHTS, quantize
 from multitap_jax.scoring.readahead import read_ahead
 from multitap_jax.scoring.results import Embeddings, Ranking, Results, Scores
 from multitap_jax.stage1.step import forward as run_cells
@@ -53,6 +54,7 @@ class Scorer:
       model: backbone and reward head.
       ridge: heads of the objectives, if any.
       dtype: "float32" (scores repeat to 1e-5 in any batch) or "bfloat16" (faster).
+      weights: "full" (as `dtype` says) or "int8", rounded as `quantize.py` says: half the memory of bfloat16.
       batch_tokens: about how many tokens a batch holds; bounds device memory.
       max_length: longest pair in tokens, image tokens included.
       truncate: cut the tail of longer texts, where a call does not say otherwise.
@@ -73,6 +75,7 @@ class Scorer:
         ridge: RidgeHead | None = None,
         *,
         dtype: str = "float32",
+        weights: str = "full",
         batch_tokens: int = 16384,
         max_length: int = 2048,
         truncate: bool = False,
@@ -82,9 +85,14 @@ class Scorer:
     ):
         if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r}: expected {' or '.join(DTYPES)}")
+        if weights not in WEIGHTS:
+            raise ValueError(f"weights {weights!r}: expected {' or '.join(WEIGHTS)}")
+        model = quantize(model) if weights == "int8" else model
         self.artefact, self.truncate, self._dtype = artefact, truncate, dtype
         self.names = tuple(objective.name for objective in artefact.manifest.objectives)
         self.settings: dict[str, Any] = {"dtype": dtype, "max_length": max_length}
+        if weights != "full":  # jobs begun before there was a choice have no entry
+            self.settings["weights"] = weights
         processing = Processing.from_folder(artefact.folder, artefact.manifest.contract)
         hidden = artefact.hidden_size
         self._packer = StreamPacker(
@@ -146,6 +154,11 @@ class Scorer:
         manifest = self.artefact.manifest
         rule = manifest.ridge["criterion"] if manifest.ridge else "no ridge heads"
         return {**dataclasses.asdict(manifest.contract), "alpha_rule": str(rule), "references": "none seen"}
+
+    @property
+    def model(self) -> RewardModel:
+        """Backbone and reward head as they lie on the devices."""
+        return self._weights[0]
 
     @property
     def hidden_size(self) -> int:
