@@ -16,11 +16,11 @@ def _judged(row: dict[str, Any], side: int) -> dict[str, float | None]:
         if found := re.fullmatch(rf"(\w+)_rate_{side}", column):
             ratings[found[1]] = number(value, column)
     overall = next((name for name in row if re.fullmatch(r"overall_(response|image)", name)), None)
-    better = None if overall is None else number(row[overall], overall)
-    if better is not None:
-        if better not in (1, 2):
+    if overall is not None:
+        better = number(row[overall], overall)
+        if better not in (1, 2, None):
             raise ValueError(f"{overall} is {better:g}, neither 1 nor 2")
-        ratings["preference"] = float(better == side)
+        ratings["preference"] = None if better is None else float(better == side)
     return ratings
 
 

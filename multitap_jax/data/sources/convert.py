@@ -38,6 +38,7 @@ class Conversion:
       read, written, rejected: rows of the public files that gave drafts or none; records; rows that gave no record.
       pictures: different pictures; with_pictures: whether they lie under images/.
       reasons: the reasons of the rejected, numbers and names left out, with how often each came.
+      missing: of the numbers that some of the records have, how many records lack each: "score" or "ratings.NAME".
     """
 
     folder: Path
@@ -49,6 +50,7 @@ class Conversion:
     pictures: int
     with_pictures: bool
     reasons: Mapping[str, int]
+    missing: Mapping[str, int]
 
     def __str__(self) -> str:
         pictures = f"{self.pictures:,} pictures" + ("" if self.with_pictures else " named, none taken")
@@ -56,6 +58,7 @@ class Conversion:
             f"{self.folder}: {self.dataset}, split {self.split}: {self.read:,} read, {self.written:,} written, "
             f"{self.rejected:,} rejected; {pictures}"
         ]
+        lines += [f"  {count:,} of {self.written:,} records have no {name}" for name, count in self.missing.items()]
         return "\n".join(lines + [f"  {count:,} rejected: {reason}" for reason, count in self.reasons.items()])
 
 
@@ -95,8 +98,8 @@ def convert(
         raise SourceError(f"--columns is for --dataset=table; {known.title} has the columns it was published with")
     layout, files = find(source, known, split, DATASETS.values(), apart=output)
     roots = [] if images == NO_IMAGES else [Path(images)] if images else _roots(source, files)
-    if missing := [str(root) for root in roots if not root.is_dir()]:
-        raise SourceError(f"--images={missing[0]}: no such folder; give the folder of the pictures, or --images=none")
+    if absent := [str(root) for root in roots if not root.is_dir()]:
+        raise SourceError(f"--images={absent[0]}: no such folder; give the folder of the pictures, or --images=none")
     with sole_writer(output):
         _check_folder(output, known, split)
         unfinished = json_bytes({"dataset": known.name, "split": split, "complete": False})
@@ -105,13 +108,13 @@ def convert(
         pictures = Pictures(output, roots)
         partial = output / f"{RECORDS_NAME}.partial"
         try:
-            written, rejected = _write(known, split, layout.read(files, request), pictures, partial, advance)
+            written, missing, rejected = _write(known, split, layout.read(files, request), pictures, partial, advance)
             write_rejected(output / REJECTED_NAME, rejected)
             _check(known, split, source, pictures, written, rejected, max_rejected, allow_subset)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-        note = _note(known, request, pictures, written, len(rejected))
+        note = _note(known, request, pictures, written, len(rejected)) | {"missing": missing}
         note["sources"] = [_described(path, source) for path in _with_beside(layout, files)]
         # What was there before, made by the same command, is whole until here.
         write_atomic(output / DATASET_NAME, unfinished)
@@ -127,6 +130,7 @@ def convert(
         pictures=pictures.files,
         with_pictures=bool(roots),
         reasons=dict(Counter(_kind(item.reason) for item in rejected).most_common(5)),
+        missing=missing,
     )
 
 
@@ -177,14 +181,14 @@ def _write(
     pictures: Pictures,
     partial: Path,
     advance: Callable[[int], None],
-) -> tuple[int, list[Rejected]]:
-    """Writes the records to `partial`; returns how many there are, and the rows that gave none."""
+) -> tuple[int, dict[str, int], list[Rejected]]:
+    """Writes the records to `partial`; returns how many there are, how many lack which number, and the rows without."""
     output = pictures.output
     paths = ImagePaths(output, allow_outside_root=False, decode=False, need=bool(pictures.roots))
     parser = RecordParser(output / RECORDS_NAME, paths, None, "--")
     apart = any(layout.by_split for layout in dataset.layouts)
     prefix = "" if dataset.name == "table" else dataset.name + (f"/{split}/" if apart else "/")
-    written, rejected = 0, []
+    written, rejected, numbers = 0, [], Counter[str]()
     with partial.open("w", encoding="utf-8") as file:
         for line, item in _numbered(dataset, items):
             advance(1)
@@ -193,11 +197,19 @@ def _write(
             if isinstance(found, Record):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 written += 1
+                numbers.update(_numbers(found))
             else:
                 rejected.append(found)
         file.flush()
         os.fsync(file.fileno())
-    return written, rejected
+    return written, {name: written - count for name, count in numbers.items() if count < written}, rejected
+
+
+def _numbers(record: Record) -> Iterator[str]:
+    """Names of the numbers that a record has."""
+    if record.score is not None:
+        yield "score"
+    yield from (f"ratings.{name}" for name, value in record.ratings.items() if value is not None)
 
 
 def _numbered(dataset: Dataset, items: Iterable[Item]) -> Iterator[tuple[int, Item]]:

@@ -3,6 +3,7 @@
 import csv
 import functools
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -241,7 +242,10 @@ def lines(path: Path, cells: int) -> Iterator[list[str]]:
 
 
 def number(value: Any, name: str) -> float | None:
-    """A number of a cell, None where it is empty. Raises ValueError, naming it, for what is none and for NaN."""
+    """A number of a cell; None where it is empty or NaN, which is how tables of numbers write that there is none.
+
+    Raises ValueError, naming it, for what is no number and for what is infinite.
+    """
     if value is None or value == "":
         return None
     try:
@@ -250,9 +254,9 @@ def number(value: Any, name: str) -> float | None:
         found = float(value)
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name} is {str(value)[:40]!r}, not a number") from None
-    if found != found or found in (float("inf"), float("-inf")):
-        raise ValueError(f"{name} is {found}")
-    return found
+    if math.isinf(found):
+        raise ValueError(f"{name} is {found}, not a finite number")
+    return None if math.isnan(found) else found
 
 
 def embedded(value: Any) -> str | bytes:

@@ -43,9 +43,8 @@ def _read_ratings(paths: Sequence[Path], request: Request) -> Iterator[Item]:
         except ValueError as error:
             yield rejected(name, str(error))
             continue
-        given = {key: value for key, value in ratings.items() if value is not None}
-        given |= {} if rank is None else {"preference": -rank}
-        yield Draft(name, picture, row["prompt"] or "", score=score, ratings=given, group=group)
+        ratings["preference"] = None if rank is None else -rank
+        yield Draft(name, picture, row["prompt"] or "", score=score, ratings=ratings, group=group)
 
 
 _RATED = frozenset({"prompt_id", "prompt", "rank", "overall_rating"})

@@ -198,7 +198,7 @@ def test_polaris_parquet(tmp_path):
         ("000000", 0.25),
         ("000001", 0.75),
     ]
-    assert rejected == ["human_score is nan"]
+    assert rejected == ["no human_score"]
     assert len(records_of("polaris", tmp_path / "s", split="train", images=None)[0]) == 1
     with pytest.raises(SourceError, match=r"no file of the split 'test' of Polaris.*validation \(2\)"):
         records_of("polaris", tmp_path / "s")
@@ -383,15 +383,18 @@ def test_a_table_of_ones_own(tmp_path):
     rows = [
         {"file": "a.jpg", "caption": "a cat", "mos": "3.5", "tone": ""},
         {"file": "a.jpg", "caption": "x", "mos": "nan", "tone": "1"},
+        {"file": "a.jpg", "caption": "y", "mos": "inf", "tone": "1"},
     ]
     table(tmp_path / "s/mine.csv", rows)
     write(tmp_path / "s/a.jpg", picture(1))
     columns = {"text": "caption", "image": "file", "score": "mos", "ratings.tone": "tone"}
     found, rejected = records_of("table", tmp_path / "s", images=None, columns=columns, max_rejected=0.5)
+    common = {"image": "images/a.jpg"}
     assert found == {
-        "000000": {"id": "000000", "image": "images/a.jpg", "text": "a cat", "score": 3.5, "ratings": {"tone": None}}
+        "000000": common | {"id": "000000", "text": "a cat", "score": 3.5, "ratings": {"tone": None}},
+        "000001": common | {"id": "000001", "text": "x", "ratings": {"tone": 1.0}},
     }
-    assert rejected == ["mos is nan"]
+    assert rejected == ["mos is inf, not a finite number"]
     with pytest.raises(SourceError, match="--columns=text=captoin: no such column; did you mean 'caption'"):
         records_of("table", tmp_path / "s", columns=columns | {"text": "captoin"})
     with pytest.raises(SourceError, match="which column is the text"):
