@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from multitap_jax.data.sources.base import Dataset, Draft, Item, Layout, Request, mapped, rejected
-from multitap_jax.data.sources.files import number, read_json, rows
+from multitap_jax.data.sources.files import number, read_json, rows, told_apart
 
 
 def _draft(name: str, picture: str, caption: str, rating: object) -> Item:
@@ -23,9 +23,9 @@ def _draft(name: str, picture: str, caption: str, rating: object) -> Item:
 
 
 def _read_json(paths: Sequence[Path], request: Request) -> Iterator[Item]:
-    for path in paths:
+    for path, name in zip(paths, told_apart(paths), strict=True):
         for place, entry in enumerate(read_json(path)["dataset"]):
-            yield _draft(f"{place:05d}", entry["image"], entry["caption"], entry["human"])
+            yield _draft(f"{name}/{place:05d}", entry["image"], entry["caption"], entry["human"])
 
 
 def _read_tables(paths: Sequence[Path], request: Request) -> Iterator[Item]:

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow
 import pyarrow.parquet
@@ -101,6 +101,16 @@ def _not_found(folder: Path, dataset: Dataset, there: Sequence[Path], others: It
     return " ".join(lines)
 
 
+def told_apart(paths: Sequence[Path]) -> list[str]:
+    """A name for each file that no other has: its own without the suffix, and as many folders before it as it takes."""
+    names: list[str] = []
+    for depth in range(1, max((len(path.parts) for path in paths), default=0) + 1):
+        names = ["/".join((*path.parts[-depth:-1], path.stem)) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
 def columns_of(path: Path) -> frozenset[str]:
     """Column names of a table; for JSON the keys of its first entry; none where the file is of another kind."""
     return _columns_of(path, _state(path))
@@ -171,13 +181,14 @@ def _header(path: Path) -> list[str]:
 
 
 def rows(
-    paths: Sequence[Path], columns: Sequence[str] | None = None, *, ragged: bool = False
+    paths: Sequence[Path], columns: Sequence[str] | None = None, *, ragged: bool = False, quoted: bool = True
 ) -> Iterator[dict[str, Any]]:
     """Rows of tables (Parquet, CSV, TSV, JSON lines) one after another, in constant memory.
 
     Args:
       columns: those of Parquet that are read; None reads all.
       ragged: let rows of CSV have more or fewer cells than the header.
+      quoted: cells of CSV may stand in quotes; False reads quotes as they are.
 
     Raises:
       SourceError: damaged files, or a row whose cells do not match the header.
@@ -188,7 +199,7 @@ def rows(
         elif path.suffix == ".jsonl":
             yield from _json_lines(path)
         else:
-            yield from _csv_rows(path, ragged)
+            yield from _csv_rows(path, ragged, quoted)
 
 
 def _parquet_rows(path: Path, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
@@ -202,12 +213,13 @@ def _parquet_rows(path: Path, columns: Sequence[str] | None) -> Iterator[dict[st
         raise SourceError(f"{path}: damaged or no Parquet file ({error}); download it again") from error
 
 
-def _csv_rows(path: Path, ragged: bool) -> Iterator[dict[str, Any]]:
+def _csv_rows(path: Path, ragged: bool, quoted: bool) -> Iterator[dict[str, Any]]:
     # surrogateescape: a byte that is no UTF-8 spoils its own record, and is not taken for another letter
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         line = file.readline()
         file.seek(0)
-        reader = csv.DictReader(file, delimiter=delimiter_of(path, line), strict=True)
+        quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+        reader = csv.DictReader(file, delimiter=delimiter_of(path, line), quoting=quoting, strict=True)
         try:
             names = [name for name in reader.fieldnames or () if name]
             if twice := next((name for name in names if names.count(name) > 1 and not ragged), None):
