@@ -87,6 +87,11 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
                 yield number, parse_json_object(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
 
 
+def unit_of(path: Path) -> str:
+    """What the numbers of `read_rows` count in this file."""
+    return "row" if path.suffix == ".parquet" else "line"
+
+
 def parse_json_object(line: bytes) -> Row:
     """One JSON object; anything else (also an object with a key twice) is Unreadable."""
     try:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from multitap_jax.data.sources.base import Dataset, Draft, Item, Layout, Request, rejected
+from multitap_jax.data.sources.base import Cursor, Dataset, Draft, Item, Layout, Request, rejected
 from multitap_jax.data.sources.files import embedded, number, rows
 
 
@@ -24,9 +24,9 @@ def _judged(row: dict[str, Any], side: int) -> dict[str, float | None]:
     return ratings
 
 
-def _pairs(paths: Sequence[Path], text: str, picture: str, request: str | None) -> Iterator[Item]:
+def _pairs(paths: Sequence[Path], at: Cursor, text: str, picture: str, request: str | None) -> Iterator[Item]:
     """Two drafts a row; `text` and `picture` name their columns, with {} for the side where each has its own."""
-    for place, row in enumerate(rows(paths)):
+    for place, row in enumerate(rows(paths, at)):
         group = f"{place:06d}"
         try:
             pair = [
@@ -47,11 +47,11 @@ def _pairs(paths: Sequence[Path], text: str, picture: str, request: str | None) 
 
 
 def _read_answers(paths: Sequence[Path], request: Request) -> Iterator[Item]:
-    return _pairs(paths, "response_{}", "image", "question")
+    return _pairs(paths, request.at, "response_{}", "image", "question")
 
 
 def _read_pictures(paths: Sequence[Path], request: Request) -> Iterator[Item]:
-    return _pairs(paths, "prompt", "image_{}", None)
+    return _pairs(paths, request.at, "prompt", "image_{}", None)
 
 
 _ORIGIN = "Ji et al., 2024; huggingface.co/datasets/PKU-Alignment/align-anything"

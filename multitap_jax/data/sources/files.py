@@ -12,12 +12,13 @@ from typing import Any, Literal
 import pyarrow
 import pyarrow.parquet
 
-from multitap_jax.data.sources.base import Dataset, Layout, SourceError
+from multitap_jax.data.sources.base import Cursor, Dataset, Layout, SourceError
 from multitap_jax.data.tables import nearest, some
 
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 ALL = "all"
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_LINE_ENDS = re.compile(r"\r\n|\r|\n")
 
 
 def find(
@@ -181,11 +182,18 @@ def _header(path: Path) -> list[str]:
 
 
 def rows(
-    paths: Sequence[Path], columns: Sequence[str] | None = None, *, ragged: bool = False, quoted: bool = True
+    paths: Sequence[Path],
+    at: Cursor,
+    columns: Sequence[str] | None = None,
+    *,
+    ragged: bool = False,
+    quoted: bool = True,
 ) -> Iterator[dict[str, Any]]:
     """Rows of tables (Parquet, CSV, TSV, JSON lines) one after another, in constant memory.
 
     Args:
+      paths: of the files.
+      at: is moved to each row: its line in text, its number in Parquet.
       columns: those of Parquet that are read; None reads all.
       ragged: let rows of CSV have more or fewer cells than the header.
       quoted: cells of CSV may stand in quotes; False reads quotes as they are.
@@ -194,12 +202,14 @@ def rows(
       SourceError: damaged files, or a row whose cells do not match the header.
     """
     for path in paths:
+        found: Iterable[tuple[int, dict[str, Any]]]
         if path.suffix == ".parquet":
-            yield from _parquet_rows(path, columns)
-        elif path.suffix == ".jsonl":
-            yield from _json_lines(path)
+            found, unit = enumerate(_parquet_rows(path, columns), 1), "row"
         else:
-            yield from _csv_rows(path, ragged, quoted)
+            found, unit = _json_lines(path) if path.suffix == ".jsonl" else _csv_rows(path, ragged, quoted), "line"
+        for number, row in found:
+            at.move(path, unit, number)
+            yield row
 
 
 def _parquet_rows(path: Path, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
@@ -213,7 +223,7 @@ def _parquet_rows(path: Path, columns: Sequence[str] | None) -> Iterator[dict[st
         raise SourceError(f"{path}: damaged or no Parquet file ({error}); download it again") from error
 
 
-def _csv_rows(path: Path, ragged: bool, quoted: bool) -> Iterator[dict[str, Any]]:
+def _csv_rows(path: Path, ragged: bool, quoted: bool) -> Iterator[tuple[int, dict[str, Any]]]:
     # surrogateescape: a byte that is no UTF-8 spoils its own record, and is not taken for another letter
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         line = file.readline()
@@ -227,12 +237,13 @@ def _csv_rows(path: Path, ragged: bool, quoted: bool) -> Iterator[dict[str, Any]
             for row in reader:
                 if not ragged and (None in row or None in row.values()):
                     raise SourceError(f"{path}: line {reader.line_num} has not as many cells as the header; mend it")
-                yield row
+                within = sum(len(_LINE_ENDS.findall(cell)) for cell in row.values() if isinstance(cell, str))
+                yield reader.line_num - within, row
         except csv.Error as error:
             raise SourceError(f"{path}: line {reader.line_num} is no CSV ({error}); download it again") from error
 
 
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
@@ -240,16 +251,25 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
                     row = json.loads(line)
                 except (ValueError, RecursionError) as error:
                     raise SourceError(f"{path}: line {number} is no JSON ({error}); download it again") from error
-                yield row
+                yield number, row
 
 
-def lines(path: Path, cells: int) -> Iterator[list[str]]:
+def entries(path: Path, at: Cursor, value: Any) -> Iterator[Any]:
+    """The entries of a list that a JSON file holds."""
+    for number, entry in enumerate(value, 1):
+        at.move(path, "entry", number)
+        yield entry
+
+
+def lines(path: Path, cells: int, at: Cursor | None = None) -> Iterator[list[str]]:
     """Cells of a text file with tabs and no header. Raises SourceError for a line with too few."""
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
             found = line.rstrip("\n").split("\t")
             if len(found) < cells:
                 raise SourceError(f"{path}: line {number} has {len(found)} cells, expected {cells} with tabs between")
+            if at is not None:
+                at.move(path, "line", number)
             yield found
 
 

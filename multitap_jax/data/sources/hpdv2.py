@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from multitap_jax.data.sources.base import Dataset, Draft, Item, Layout, Request, rejected
-from multitap_jax.data.sources.files import read_json, told_apart
+from multitap_jax.data.sources.files import entries, read_json, told_apart
 
 
 def _drafts(group: str, prompt: str, pictures: Sequence[str], preferences: Sequence[float]) -> Iterator[Item]:
@@ -18,14 +18,14 @@ def _drafts(group: str, prompt: str, pictures: Sequence[str], preferences: Seque
 
 def _read_rankings(paths: Sequence[Path], request: Request) -> Iterator[Item]:
     for path, name in zip(paths, told_apart(paths), strict=True):
-        for place, entry in enumerate(read_json(path)):
+        for place, entry in enumerate(entries(path, request.at, read_json(path))):
             group = f"{name}/{place:06d}"
             yield from _drafts(group, entry["prompt"], entry["image_path"], [-rank for rank in entry["rank"]])
 
 
 def _read_choices(paths: Sequence[Path], request: Request) -> Iterator[Item]:
     for path, name in zip(paths, told_apart(paths), strict=True):
-        for place, entry in enumerate(read_json(path)):
+        for place, entry in enumerate(entries(path, request.at, read_json(path))):
             group = f"{name}/{place:06d}"
             yield from _drafts(group, entry["prompt"], entry["file_path"], entry["human_preference"])
 

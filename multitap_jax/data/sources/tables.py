@@ -11,7 +11,7 @@ from multitap_jax.data.tables import nearest
 
 
 def _read_agiqa(paths: Sequence[Path], request: Request) -> Iterator[Item]:
-    for row in rows(paths):
+    for row in rows(paths, request.at):
         name = row["name"]
         try:
             ratings = {key.removeprefix("mos_"): number(row[key], key) for key in row if key.startswith("mos_")}
@@ -31,7 +31,7 @@ def _read_table(paths: Sequence[Path], request: Request) -> Iterator[Item]:
         )
     _check_columns(paths, columns)
     ratings = {name.removeprefix("ratings."): theirs for name, theirs in columns.items() if name.startswith("ratings.")}
-    for place, row in enumerate(rows(paths)):
+    for place, row in enumerate(rows(paths, request.at)):
         name = f"{place:06d}"
         try:
             name = _text(row, columns, "id") or name

@@ -186,9 +186,7 @@ def test_damaged_files(tmp_path):
     path.write_bytes(bytes(content))
     with pytest.raises(SourceError, match=r"(?s)(damaged|no Parquet).*download it again"):
         convert("polaris", tmp_path / "s", tmp_path / "out")
-    assert json.loads((tmp_path / "out/dataset.json").read_text())["complete"] is False
-    with pytest.raises(SourceError, match="the conversion did not end; run the same `multitap convert` again"):
-        read_dataset_note(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     path.unlink()
     polaris(tmp_path / "s")
     assert convert("polaris", tmp_path / "s", tmp_path / "out", allow_subset=True).written == 3
@@ -292,13 +290,70 @@ def test_what_a_kill_left_is_made_whole(tmp_path):
     with pytest.raises(Killed):
         convert("polaris", polaris(tmp_path / "s"), tmp_path / "out", allow_subset=True, advance=kill)
     left = {path.name for path in (tmp_path / "out").iterdir()}
-    assert left == {".lock", "dataset.json", "images"}
+    assert left == {"dataset.json", "images"}
+    with pytest.raises(SourceError, match="the conversion did not end; run the same `multitap convert` again"):
+        read_dataset_note(tmp_path / "out")
     write(tmp_path / "out/records.jsonl.partial", '{"id": "half')
     (old,) = (tmp_path / "out/images").glob("*/*.png")
     write(old.with_name(old.name + ".partial"), b"half")
     old.write_bytes(b"torn")
     done = convert("polaris", tmp_path / "s", tmp_path / "out", allow_subset=True)
     assert (done.written, len(load_records(tmp_path / "out", check_images=True).records)) == (3, 3)
+
+
+def test_what_fails_leaves_nothing_but_the_reasons(tmp_path):
+    rows = [POLARIS | {"cand": f"cat {i}", "human_score": 1.5 if i < 7 else 0.5} for i in range(20)]
+    parquet(tmp_path / "s/test-00000-of-00001.parquet", rows)
+    with pytest.raises(
+        RecordsError, match=r"(?s)  row 1: human_score 1.5 lies.*and 2 more\n  all of them: .*rejected.jsonl"
+    ):
+        convert("polaris", tmp_path / "s", tmp_path / "out", allow_subset=True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["rejected.jsonl"]
+    assert len((tmp_path / "out/rejected.jsonl").read_text().splitlines()) == 7
+    done = convert("polaris", tmp_path / "s", tmp_path / "out", allow_subset=True, max_rejected=0.5)
+    assert (done.written, done.rejected) == (13, 7)
+    with pytest.raises(SourceError, match="26,122 were published"):
+        convert("polaris", polaris(tmp_path / "t"), tmp_path / "new/out")
+    assert not (tmp_path / "new/out").exists()
+    write(tmp_path / "mine/thesis.txt", "years of work")
+    with pytest.raises(SourceError, match="holds something else"):
+        convert("polaris", tmp_path / "t", tmp_path / "mine", allow_subset=True)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SourceError, match="26,122 were published"):
+        convert("polaris", tmp_path / "t", tmp_path / "empty")
+    assert not list((tmp_path / "empty").iterdir())
+
+
+def test_rows_are_named_as_their_file_counts_them(tmp_path):
+    """Lines of text as an editor shows them, rows of Parquet, entries of JSON; and the file, if there are several."""
+    good, bad = {"image": "a.png", "text": "x\ny"}, {"image": "a.png", "text": "x", "score": "many"}
+    found = {}
+    for suffix, write_rows in (
+        ("csv", table),
+        ("tsv", lambda path, rows: table(path, rows, "\t")),
+        ("jsonl", lambda path, rows: write(path, "".join(json.dumps(row) + "\n\n" for row in rows))),
+        ("parquet", parquet),
+    ):
+        rows = [good | {"score": ""}, bad, good | {"score": ""}, bad]
+        write_rows(tmp_path / suffix / f"mine.{suffix}", rows)
+        convert("table", tmp_path / suffix, tmp_path / f"out-{suffix}", images="none", max_rejected=0.6)
+        lines = (tmp_path / f"out-{suffix}/rejected.jsonl").read_text().splitlines()
+        found[suffix] = [json.loads(line)["line"] for line in lines]
+        unit = "row" if suffix == "parquet" else "line"
+        with pytest.raises(RecordsError, match=f"  {unit} {found[suffix][0]}: score is 'many', not a number"):
+            convert("table", tmp_path / suffix, tmp_path / "none", images="none")
+    assert found == {"csv": [4, 7], "tsv": [4, 7], "jsonl": [3, 7], "parquet": [2, 4]}
+    entry = {"prompt": "p", "image_path": ["a.jpg"], "rank": [1]}
+    write(tmp_path / "hpd/test.json", [entry, entry | {"rank": []}])
+    with pytest.raises(RecordsError, match="  entry 2: 1 pictures, but 0 judgements"):
+        convert("hpdv2", tmp_path / "hpd", tmp_path / "none", images="none")
+    write(tmp_path / "hpd/test_two.json", [entry | {"rank": []}])
+    with pytest.raises(RecordsError, match=r"  entry 1: test_two.json: 1 pictures"):
+        convert("hpdv2", tmp_path / "hpd", tmp_path / "none", images="none")
+    parquet(tmp_path / "records.parquet", [good | {"id": "a"}, good | {"id": "b", "text": ""}])
+    with pytest.raises(RecordsError, match="  row 2: text is missing"):
+        load_records(tmp_path / "records.parquet", need_images=False)
 
 
 def test_two_at_a_time_are_refused(tmp_path):

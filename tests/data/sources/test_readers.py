@@ -198,7 +198,7 @@ def test_polaris_parquet(tmp_path):
         ("000000", 0.25),
         ("000001", 0.75),
     ]
-    assert rejected == ["no human_score"]
+    assert rejected == ["validation-00001-of-00002.parquet: no human_score"]
     assert len(records_of("polaris", tmp_path / "s", split="train", images=None)[0]) == 1
     with pytest.raises(SourceError, match=r"no file of the split 'test' of Polaris.*validation \(2\)"):
         records_of("polaris", tmp_path / "s")
