@@ -28,7 +28,16 @@ from multitap_jax.data.fields import (
     read_string,
 )
 from multitap_jax.data.groups import Links
-from multitap_jax.data.tables import RecordsError, Row, Unreadable, find_records_file, nearest, read_rows, unit_of
+from multitap_jax.data.tables import (
+    RecordsError,
+    Row,
+    Unreadable,
+    find_records_file,
+    nearest,
+    published_as,
+    read_rows,
+    unit_of,
+)
 
 __all__ = [
     "Record",
@@ -215,6 +224,7 @@ def check_rejected_share(
                 f"\nMend the records, or accept the loss with {flags}max_rejected={math.ceil(share * 100) / 100:g}"
                 if share <= _MOST
                 else "\nSo many have one cause, as a rule; mend it, and begin with the first of these lines"
+                + ("" if unit else published_as(path))  # who has a unit of its own reads no records
             )
         )
     if good == 0:

@@ -80,9 +80,10 @@ class BenchmarkReport:
         """Protocol, counts, conditions and warnings, in sentences."""
         known = [f"{name.replace('_', ' ')}: {value}" for name, value in self.conditions.items() if value != UNKNOWN]
         unknown = [name.replace("_", " ") for name, value in self.conditions.items() if value == UNKNOWN]
+        tied = "comparisons" if self.statistic == "accuracy" else "pairs of them"
         lines = [
             self.protocol,
-            f"n = {self.n:,} from {self.n_records:,} records; {self.ties:,} ties in the scores. Interval: "
+            f"n = {self.n:,} from {self.n_records:,} records; {self.ties:,} {tied} with equal scores. Interval: "
             f"{self.value.interval.samples:,} bootstrap samples of {self.n_groups:,} whole groups.",
             "; ".join(known + [f"not noted beside the scores: {', '.join(unknown)}"] * bool(unknown)) + ".",
         ]

@@ -341,15 +341,16 @@ def _protocol(
     mapped = "" if target_range == (0.0, 1.0) else f", mapped from [{low:g}, {high:g}] to [0, 1]"
     first = f"its overall score against {target}{mapped}; "
     counts = (
-        f"n = {overall.n:,}, ties {overall.ties_pred:,} in the scores, {overall.ties_human:,} in the human scores. "
+        f"n = {overall.n:,} records with a score and a human score; of their {overall.n * (overall.n - 1) // 2:,} "
+        f"pairs {overall.ties_pred:,} have equal scores, {overall.ties_human:,} equal human scores. "
     )
     metrics = overall
     if target == NO_TARGET:
         first, counts, metrics = "", "", next(iter(objectives.values()), overall)
     return (
         f"Each record counts once: {first}objectives against the ratings of their name, in the units of the ratings. "
-        "tau_b and tau_c are Kendall's, ties counted among n(n-1)/2 comparisons. "
-        f"accuracy: share within {metrics.tolerance:g}. "
+        "tau_b and tau_c are Kendall's: tau_b is corrected for pairs of records with equal numbers, tau_c is Stuart's. "
+        f"The accuracy in metrics.json is the share within {metrics.tolerance:g} of what people said. "
         f"Intervals: {metrics.level:.0%} percentile bootstrap, {metrics.samples:,} samples of whole groups "
         f"({metrics.n_groups:,} groups of records that share a group or picture). "
         f"{counts}Scores computed in dtype {dtype}; {truncated:,} texts truncated."

@@ -94,12 +94,16 @@ def _not_found(folder: Path, dataset: Dataset, there: Sequence[Path], others: It
                 lines.append(f"{path.name} has no column {', '.join(hints)}.")
         if absent := [_absent(layout, path) for path in there if path.match(layout.pattern) and _absent(layout, path)]:
             lines.append(f"Beside {layout.pattern} there is no {', '.join(absent[0])}.")
-    alike = [other.title for other in others if any(_fitting(form, there) for form in other.layouts if form.columns)]
-    if alike := [title for title in alike if title != dataset.title]:
+    if alike := [other.title for other in looking_like(there, others) if other is not dataset]:
         lines.append(f"It looks like {' or '.join(alike)}.")
     names = [str(path.relative_to(folder)) if path != folder else path.name for path in there]
     lines.append(f"There: {some(names, 5) or 'no files'}.")
     return " ".join(lines)
+
+
+def looking_like(there: Sequence[Path], datasets: Iterable[Dataset]) -> list[Dataset]:
+    """Datasets of which some of these files have a published form, as their columns tell."""
+    return [one for one in datasets if any(_fitting(form, there) for form in one.layouts if form.columns)]
 
 
 def told_apart(paths: Sequence[Path]) -> list[str]:

@@ -301,6 +301,32 @@ def test_what_a_kill_left_is_made_whole(tmp_path):
     assert (done.written, len(load_records(tmp_path / "out", check_images=True).records)) == (3, 3)
 
 
+def test_public_files_in_the_place_of_records_are_recognised(tmp_path):
+    """Whatever form they have: the message says how they become records."""
+    table(tmp_path / "csv/polaris_test.csv", [{"mt": "x", "refs": "[]", "score": "0", "imgid": "x"}])
+    write(tmp_path / "json/test.json", [{"id": "p", "prompt": "x", "generations": ["a"], "ranking": [1]}])
+    polaris(tmp_path / "hub")
+    row = {"request": "How?", "response": "So.", "image": "a.png"}
+    write(tmp_path / "eye.jsonl", json.dumps(row) + "\n")
+    for path, name in (
+        ("csv/polaris_test.csv", "polaris or --dataset=polaris-star"),
+        ("json/test.json", "imagereward"),
+        ("json", "imagereward"),
+        ("hub", "polaris or --dataset=polaris-star"),
+        ("hub/data/test-00000-of-00001.parquet", "polaris or --dataset=polaris-star"),
+        ("eye.jsonl", "eye4all-multi"),
+    ):
+        with pytest.raises(RecordsError) as caught:
+            load_records(tmp_path / path)
+        asked = f"multitap convert --dataset={name} --source={tmp_path / path} --output=RECORDS"
+        assert str(caught.value).endswith(asked), caught.value
+    write(tmp_path / "mine.csv", "id,image,text,mood\n")
+    for path in ("none.csv", "mine.csv"):
+        with pytest.raises(RecordsError) as caught:
+            load_records(tmp_path / path)
+        assert "convert --dataset" not in str(caught.value)
+
+
 def test_what_fails_leaves_nothing_but_the_reasons(tmp_path):
     rows = [POLARIS | {"cand": f"cat {i}", "human_score": 1.5 if i < 7 else 0.5} for i in range(20)]
     parquet(tmp_path / "s/test-00000-of-00001.parquet", rows)
