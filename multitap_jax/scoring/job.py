@@ -3,9 +3,10 @@
 The output is its own journal. Lines are appended in input order, a window at a time, and pushed to the disk before the
 next window starts; a restart cuts off what is torn, checks the ids of the lines that are whole against the input, and
 goes on after them. `OUTPUT.job.json` beside it says what is being scored with what, so that another input or another
-model can never continue a file. `OUTPUT.rejected.jsonl` repeats the lines that have no score, with the reason.
+model can never continue a file; `OUTPUT.seen.safetensors`, which records the model has seen in training.
+`OUTPUT.rejected.jsonl` repeats the lines that have no score, with the reason.
 
-Of several processes each scores its share of the windows, and the first writes all three files (`parts.py`); what it
+Of several processes each scores its share of the windows, and the first writes all of these files (`parts.py`); what it
 has not yet come to waits in `OUTPUT.parts/`. Any number of processes may go on with the job of any other.
 """
 
@@ -23,11 +24,12 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 import numpy as np
 
 from multitap_jax.data.records import Record, Rejected, iter_records
+from multitap_jax.data.seen import Seen, to_bytes
 from multitap_jax.data.stream import Pair
 from multitap_jax.data.tables import find_records_file
-from multitap_jax.files import canonical_hash
+from multitap_jax.files import canonical_hash, write_atomic
 from multitap_jax.parallel.distributed import from_main, is_main_process
-from multitap_jax.scoring.journal import JobError, Journal, input_fingerprint, sidecar_of
+from multitap_jax.scoring.journal import JobError, Journal, input_fingerprint, seen_file_of, sidecar_of
 from multitap_jax.scoring.occupancy import Occupancy
 from multitap_jax.scoring.parts import Block, Parts, Work
 from multitap_jax.scoring.progress import progress_bar
@@ -56,6 +58,10 @@ class SupportsScore(Protocol):
     @property
     def trained_on(self) -> dict[str, Any]:
         """JSON of the human score that the overall score stands for: `target` and `target_range`."""
+
+    @property
+    def seen(self) -> dict[str, Seen]:
+        """The records that the model has seen, as far as it is known (`data/seen.py`)."""
 
     @property
     def conditions(self) -> dict[str, str]:
@@ -160,14 +166,11 @@ def score_file(
     began = time.monotonic()
     source, output = find_records_file(input), Path(output)
     rejected_file = output.with_name(output.name + ".rejected.jsonl")
-    written = (output, sidecar_of(output), rejected_file)
+    written = (output, sidecar_of(output), seen_file_of(output), rejected_file)
     if source.resolve() in [path.resolve() for path in written]:
         raise JobError(f"{source}: the job would write over its input; choose another output")
-    identity = {
-        "input": input_fingerprint(source),
-        "model": scorer.fingerprint,
-        "settings": {**scorer.settings, "truncate": truncate, "allow_outside_root": allow_outside_root},
-    }
+    settings = {**scorer.settings, "truncate": truncate, "allow_outside_root": allow_outside_root}
+    identity = {"input": input_fingerprint(source), "model": scorer.fingerprint, "settings": settings}
     parts: Parts[Record | Rejected] = Parts(
         output.with_name(output.name + ".parts"), canonical_hash([identity, window]), window
     )
@@ -177,6 +180,8 @@ def score_file(
     if is_main_process():
         names = ("checkpoint", "trained_on", "conditions")
         with Journal(output, identity, {name: getattr(scorer, name) for name in names}) as journal:
+            with journal.disk_errors():
+                _leave_seen(scorer, seen_file_of(output))
             total = _count_lines(source) if show_progress else None
             bar = functools.partial(progress_bar, total, enabled=show_progress)
             resumed = _write(journal, rejected_file, items, parts, work, tally, max_rejected, bar)
@@ -196,6 +201,14 @@ def score_file(
         rejected_file=rejected_file,
         already_complete=resumed is None,
     )
+
+
+def _leave_seen(scorer: SupportsScore, path: Path) -> None:
+    """Writes down beside the scores which records the model has seen, for whoever judges them."""
+    if known := scorer.seen:
+        write_atomic(path, to_bytes(known))
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _write(

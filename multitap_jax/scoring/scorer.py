@@ -25,6 +25,7 @@ import scipy.special
 from multitap_jax.backbones import Execution
 from multitap_jax.batch import PackedBatch
 from multitap_jax.data.processing import Processing
+from multitap_jax.data.seen import Seen
 from multitap_jax.data.stream import Pair, StreamPacker
 from multitap_jax.parallel import watchdog
 from multitap_jax.parallel.mesh import batch_shards, param_shardings, replicated, shard_batch
@@ -139,13 +140,14 @@ class Scorer:
 
     @property
     def trained_on(self) -> dict[str, Any]:
-        """The human score that the overall score stands for: `target`, and the `target_range` mapped to 0 and 1; and
-        `records`, the files it was learned from, as the run named them."""
-        manifest = self.artefact.manifest
-        overall, data = manifest.overall, manifest.provenance.get("config", {}).get("data", {})
-        names = ",".join(filter(None, (data.get("train"), data.get("balanced"))))
-        records = {"records": names} if names else {}
-        return {"target": overall.target, "target_range": list(overall.target_range), **records}
+        """The human score that the overall score stands for: `target`, and the `target_range` mapped to 0 and 1."""
+        overall = self.artefact.manifest.overall
+        return {"target": overall.target, "target_range": list(overall.target_range)}
+
+    @property
+    def seen(self) -> dict[str, Seen]:
+        """The records that weights and heads have seen, as far as it was noted (`data/seen.py`)."""
+        return self.artefact.seen()
 
     @property
     def conditions(self) -> dict[str, str]:

@@ -29,6 +29,7 @@ class FakeScorer:
         self.fingerprint, self.checkpoint = fingerprint, checkpoint
         self.settings = {"dtype": "float32"}
         self.trained_on = {"target": "ratings.fit", "target_range": [1, 5]}
+        self.seen = {}
         self.conditions = {"prompt": "official-eval"}
         self.delay = delay
         self.calls: list[int] = []

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from multitap_jax.data.seen import TRAINED, Print, Seen, from_bytes
 from multitap_jax.scoring.job import TooManyRejected, score_file
 from multitap_jax.scoring.journal import JobError, Journal
 from tests.scoring.job_fixtures import FakeScorer, read_lines, write_records
@@ -47,6 +48,19 @@ def test_one_line_a_record_in_input_order(tmp_path):
     assert lines[3]["scores"] == {"safety": None, "detail": None}
     assert lines[3]["error"] == "made to fail"
     assert [line["truncated"] for line in lines] == [i == 7 for i in range(25)]
+
+
+def test_what_the_model_has_seen_is_left_beside_the_output(tmp_path):
+    source, output = write_records(tmp_path, 4), tmp_path / "scores.jsonl"
+    beside, scorer = tmp_path / "scores.jsonl.seen.safetensors", FakeScorer()
+    scorer.seen = {TRAINED: Seen.of([Print(1, (2,), None, 3)])}
+    score_file(scorer, source, output)
+    assert from_bytes(beside.read_bytes(), beside)[TRAINED].id.tolist() == [3]
+    output.unlink()
+    score_file(FakeScorer("model-2"), source, output)  # of which nothing is known
+    assert not beside.exists()
+    with pytest.raises(JobError, match="the job would write over its input"):
+        score_file(FakeScorer(), source.rename(tmp_path / "a.jsonl"), tmp_path / "a.jsonl")
 
 
 def test_bad_records_keep_their_place_and_are_repeated_beside_the_output(tmp_path):
