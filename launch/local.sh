@@ -4,7 +4,7 @@
 #   launch/local.sh 2 train --config=configs/lora.py --workdir=runs/two ...     (train may be left out)
 #
 # When one fails the others are ended, and its exit code is that of the script, not that of those that only lost it (76
-# or 134); Ctrl-C and SIGTERM reach all of them.
+# or 134); what several say in the end is said once, with who they are. Ctrl-C and SIGTERM reach all of them.
 # MULTITAP names the program (default: multitap), MULTITAP_PORT the port of process 0 (default: a free one).
 set -euo pipefail
 GRACE=10 # seconds in which the others may end on their own, with what they have to say
@@ -36,10 +36,12 @@ if ((${#gpus[@]} > 0 && each == 0)); then
   exit 2
 fi
 
+said=$(mktemp -d)
+trap 'rm -rf "$said"' EXIT
 pids=()
 for ((index = 0; index < count; index++)); do
   (
-    export MULTITAP_PROCESS_ID=$index
+    export MULTITAP_PROCESS_ID=$index MULTITAP_LAST_WORDS=$said/$index
     if ((each > 0)); then
       CUDA_VISIBLE_DEVICES=$(IFS=, && echo "${gpus[*]:index*each:each}")
       export CUDA_VISIBLE_DEVICES
@@ -75,5 +77,20 @@ while ((${#pids[@]} > 0)); do
     kill -KILL "${pids[@]}" 2>/dev/null || true
   fi
   if ((${#pids[@]} > 0)); then sleep 0.2; fi
+done
+
+words=() who=()
+for ((index = 0; index < count; index++)); do
+  if ! [[ -s $said/$index ]]; then continue; fi
+  text=$(<"$said/$index")
+  text=${text//process $index of $count/this process}
+  for ((same = 0; same < ${#words[@]}; same++)); do
+    if [[ ${words[same]} == "$text" ]]; then break; fi
+  done
+  words[same]=$text
+  who[same]="${who[same]:-}${who[same]:+, }$index"
+done
+for ((same = 0; same < ${#words[@]}; same++)); do
+  printf 'process %s of %s:\n%s\n' "${who[same]}" "$count" "${words[same]}" >&2
 done
 exit "$code"

@@ -36,7 +36,7 @@ from typing import Any
 
 from absl import flags
 
-from multitap_jax.parallel.host import hush_absent_tpu, keep_freed_memory
+from multitap_jax.parallel.host import hush_absent_tpu, keep_freed_memory, say_last
 from multitap_jax.verbs.common import explain, joined, left
 
 VERBS = (
@@ -87,7 +87,7 @@ def parse(verb: str, argv: Sequence[str]) -> flags.FlagValues:
     except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         problem = explain(error)
     if problem is not None:
-        print(f"multitap {verb}: {problem}\nmultitap {verb} --help lists the flags", file=sys.stderr)
+        say_last(f"multitap {verb}: {problem}\nmultitap {verb} --help lists the flags")
         raise SystemExit(2)
     return values
 
@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         near = difflib.get_close_matches(argv[0], VERBS, n=1)
         hint = f"; did you mean {near[0]}?" if near else "."
-        print(f"multitap: there is no verb {argv[0]!r}{hint} The verbs: {', '.join(VERBS)}", file=sys.stderr)
+        say_last(f"multitap: there is no verb {argv[0]!r}{hint} The verbs: {', '.join(VERBS)}")
         return 2
     values = parse(argv[0], argv[1:])
     # Absent settings must not reach out to a model hub; a user who wants that says so by name.
@@ -160,12 +160,12 @@ def _run(verb: str, values: flags.FlagValues) -> int:
             hush_absent_tpu()  # not before: a cluster is known by the same variables
             return int(_module(verb).run(values) or 0)
     except KeyboardInterrupt:
-        print(f"\nmultitap {verb}: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        say_last(f"\nmultitap {verb}: interrupted; the same command goes on where it stopped")
         return left(values, 130)
     except Exception as error:
         explained = _is_explained(error) and not os.environ.get("MULTITAP_TRACEBACK")
         if explained:
-            print(f"multitap {verb}: {_said(error)}", file=sys.stderr)
+            say_last(f"multitap {verb}: {_said(error)}")
         code = left(values, getattr(error, "exit_code", 1), error, explained)
         if explained:
             return code

@@ -98,7 +98,7 @@ class FolderInUseError(RuntimeError):
 
 @contextlib.contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Holds a folder, made if need be, against a second run into it; `.lock` inside is what is locked.
+    """Holds a folder, made if need be, against a second run into it; `.lock` inside is what is locked, and goes then.
 
     Raises:
       FolderInUseError: another process holds it.
@@ -107,13 +107,29 @@ def sole_writer(folder: Path) -> Iterator[None]:
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder}: is a file, and a folder is written here; choose another name")
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    path = folder / ".lock"
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if not try_lock(descriptor):
+                raise FolderInUseError(f"{folder}: another process is writing into it; wait or choose another folder")
+            if not _is_open_as(descriptor, path):
+                continue  # who held it before has just taken it away
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):
+                    path.unlink()  # while it is held: nobody locks a file that is about to go
+            return
+        finally:
+            os.close(descriptor)
+
+
+def _is_open_as(descriptor: int, path: Path) -> bool:
     try:
-        if not try_lock(descriptor):
-            raise FolderInUseError(f"{folder}: another process is writing into it; wait or choose another folder")
-        yield
-    finally:
-        os.close(descriptor)
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def json_bytes(value: Any) -> bytes:

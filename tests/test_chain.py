@@ -110,11 +110,58 @@ def test_embed_fit_score_evaluate_export(artefact, world, folder, capsys):
     capsys.readouterr()
 
 
+def test_records_of_training_are_known_again(artefact, world, folder, tmp_path, capsys):
+    """Under other names and in another folder, by the content of their pictures and texts."""
+    moved = shutil.copytree(world.train.parent, tmp_path / "moved")
+    rows = [row | {"id": f"new-{row['id']}", "group": None} for row in lines(moved / world.train.name)]
+    rows[0]["text"] += " And more."
+    mixed = moved / "mixed.jsonl"
+    mixed.write_text("".join(json.dumps(row) + "\n" for row in rows[:20] + lines(moved / world.heldout.name)[:9]))
+    scores, page = tmp_path / "scores.jsonl", tmp_path / "page.html"
+    assert run("score", f"--checkpoint={artefact}", f"--input={mixed}", f"--output={scores}") == 0
+    capsys.readouterr()
+    assert run("evaluate", f"--scores={scores}", f"--input={mixed}", "--bootstrap=0") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for who in ("the model was trained on", "the heads were fitted on"):
+        assert f"19 of 29 records were among those that {who}: how" in shown
+        assert f"1 of 29 records show pictures of records that {who}, with other texts or requests (new-" in shown
+    assert run("report", f"--scores={scores}", f"--input={mixed}", "--bootstrap=0", f"--output={page}") == 0
+    assert "19 of 29 records were among those that the heads were fitted on" in page.read_text()
+    clean = folder / "scores.jsonl"
+    assert run("evaluate", f"--scores={clean}", f"--input={world.heldout}", "--bootstrap=0") == 0
+    assert "records were among" not in " ".join(capsys.readouterr().out.split())
+
+
+def test_training_tells_of_held_out_pairs_that_it_learns_from(base, world, tmp_path, capsys):
+    both = world.train.parent / "both.jsonl"
+    both.write_text(world.heldout.read_text() + world.train.read_text().splitlines()[0] + "\n")
+    train = ("train", f"--config={CONFIGS / 'lora.py'}", f"--workdir={tmp_path / 'run'}", "--config.batch_size=16")
+    assert (
+        run(
+            *train,
+            f"--config.model.checkpoint={base}",
+            f"--config.data.train={world.train}",
+            f"--config.data.evaluation={both}",
+            "--config.data.image_policy=square:84",
+            "--config.epochs=1",
+            "--config.mesh.context=2",
+        )
+        == 1
+    )  # what stops it before the first step
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "held-out pairs: 1 of " in shown
+    assert "records were among those that the model was trained on" in shown
+
+
 def test_fitting_straight_from_records_equals_fitting_from_the_store(artefact, world, folder, capsys):
     before = load_file(artefact / "heads.safetensors")
     assert run("fit", f"--checkpoint={artefact}", f"--input={world.train}") == 0
     after = load_file(artefact / "heads.safetensors")
     np.testing.assert_array_equal(after["reward_head.weight"], before["reward_head.weight"])
+    rated = sum(any(value is not None for value in row["ratings"].values()) for row in lines(world.train))
+    assert len(after["seen.fitted.id"]) == rated
+    for name in [name for name in after if name.startswith("seen.")]:
+        np.testing.assert_array_equal(after[name], before[name])
     np.testing.assert_allclose(after["ridge.alpha"], before["ridge.alpha"], rtol=1e-6)
     scale = np.abs(before["ridge.coef"]).max()
     np.testing.assert_allclose(after["ridge.coef"], before["ridge.coef"], atol=1e-3 * scale, rtol=0)
@@ -142,7 +189,7 @@ def test_an_embedding_run_that_was_cut_off_goes_on(artefact, world, folder):
     store = folder / "cut"
     command = ("embed", f"--checkpoint={artefact}", f"--input={world.train}", f"--output={store}", "--shard_rows=10")
     assert run(*command) == 0
-    whole = {path.name: path.read_bytes() for path in store.glob("*.safetensors")}
+    whole = {path.name: path.read_bytes() for path in store.glob("embeddings-*.safetensors")}
     manifest = json.loads((store / "manifest.json").read_text())
     kept = manifest["shards"][:2]
     manifest |= {"shards": kept, "rows": sum(shard["rows"] for shard in kept), "complete": False}
@@ -150,7 +197,7 @@ def test_an_embedding_run_that_was_cut_off_goes_on(artefact, world, folder):
     for name in sorted(whole)[2:]:
         (store / name).unlink()
     assert run(*command) == 0
-    ids = [name for path in sorted(store.glob("*.safetensors")) for name in _ids(path)]
+    ids = [name for path in sorted(store.glob("embeddings-*.safetensors")) for name in _ids(path)]
     assert ids == [record["id"] for record in lines(world.train)]
     for name in sorted(whole)[2:]:
         for key, value in load_file(store / name).items():

@@ -15,6 +15,7 @@ from multitap_jax.files import (
     new_folder,
     sole_writer,
     tensor_hash,
+    try_lock,
     write_atomic,
 )
 from multitap_jax.weights.files import read_tensors
@@ -125,4 +126,24 @@ def test_a_folder_has_one_writer_at_a_time(tmp_path):
         other = attempt()
         assert other.returncode != 0
         assert f"{folder}: another process is writing into it" in other.stderr
+    assert not list(folder.iterdir())
     assert attempt().returncode == 0
+    (folder / ".lock").touch()  # as a kill leaves it
+    assert attempt().returncode == 0
+    assert not list(folder.iterdir())
+
+
+def test_a_lock_that_goes_while_it_is_asked_for_is_asked_for_again(tmp_path, monkeypatch):
+    """Between the opening and the locking, who held it may have let go: what is locked then is no file any more."""
+    lock, asked = tmp_path / ".lock", []
+
+    def late(descriptor):
+        asked.append(descriptor)
+        if len(asked) == 1:
+            lock.unlink()
+        return try_lock(descriptor)
+
+    monkeypatch.setattr("multitap_jax.files.try_lock", late)
+    with sole_writer(tmp_path):
+        assert len(asked) == 2
+        assert lock.exists()

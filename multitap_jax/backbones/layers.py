@@ -4,7 +4,7 @@ Every parameter is an `nnx.Param` with one logical axis name a dimension (`axes`
 the parameters of L equal layers along a leading "layers" axis; `jax.lax.scan` over it hands out one layer at a time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -34,10 +34,10 @@ def _stacked(shape: tuple[int, ...], axes: tuple[Axis, ...], stack: int | None) 
 
 
 class Linear(nnx.Module):
-    """y = x @ kernel + bias + (x @ lora_a) @ lora_b * lora_scale, with kernel [in, out].
+    """y = x @ kernel * kernel_scale + bias + (x @ lora_a) @ lora_b * lora_scale, with kernel [in, out].
 
-    `lora_a` [in, r], `lora_b` [r, out] and `lora_scale` are None until adapters are added from outside. With `stack=L`
-    each parameter has a leading L.
+    `kernel_scale` [out] is None but for a kernel of int8 (`scoring/quantize.py`). `lora_a` [in, r], `lora_b` [r, out]
+    and `lora_scale` are None until adapters are added from outside. With `stack=L` each parameter has a leading L.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class Linear(nnx.Module):
         kernel = jax.random.normal(rngs.params(), kernel_shape, param_dtype) * jnp.asarray(0.02, param_dtype)
         self.kernel = param(kernel, kernel_axes)
         self.bias = nnx.data(param(jnp.zeros(bias_shape, param_dtype), bias_axes) if bias else None)
+        self.kernel_scale: nnx.Param | None = nnx.data(None)
         self.lora_a: nnx.Param | None = nnx.data(None)
         self.lora_b: nnx.Param | None = nnx.data(None)
         self.lora_scale: float | None = None
@@ -62,12 +63,21 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in] -> [..., out] in the type of `x`."""
         y = _matmul(x, self.kernel[...])
+        if self.kernel_scale is not None:
+            y = y * _spread(self.kernel_scale[...].astype(x.dtype), y.ndim)
         if self.bias is not None:
             y = y + _spread(self.bias[...].astype(x.dtype), y.ndim)
         if self.lora_a is not None and self.lora_b is not None:
             low = _matmul(_matmul(x, self.lora_a[...]), self.lora_b[...])
             y = y + low * jnp.asarray(self.lora_scale, x.dtype)
         return y
+
+
+def linears(model: nnx.Module) -> Iterator[tuple[str, Linear]]:
+    """Every `Linear` of a model with its dotted path."""
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, Linear):
+            yield ".".join(map(str, path)), module
 
 
 class RMSNorm(nnx.Module):

@@ -12,6 +12,7 @@ from multitap_jax.data.layouts import Grid, Vision
 from multitap_jax.data.packing import Example
 from multitap_jax.data.prompts import Encoded, Prompter, PromptError
 from multitap_jax.data.records import Record, Rejected
+from multitap_jax.data.seen import Print, print_of
 from multitap_jax.files import file_hash
 from multitap_jax.parallel.distributed import divided
 
@@ -26,6 +27,7 @@ class Prepared(NamedTuple):
       files, grids: of the image keys.
       rejected: records that cannot be used, in input order.
       groups: the group that each pair's record names, or None; parallel to `examples`.
+      prints: hashes by which each pair's record is known again (`seen.py`); parallel to `examples`.
     """
 
     examples: list[Example]
@@ -35,6 +37,7 @@ class Prepared(NamedTuple):
     grids: dict[Hashable, Grid]
     rejected: list[Rejected]
     groups: Sequence[str | None] = ()
+    prints: Sequence[Print] = ()
 
 
 def target_of(record: Record, target: str, target_range: tuple[float, float]) -> float | None:
@@ -85,7 +88,8 @@ def prepare(
     wanted = [path for r, pair in zip(records, pairs, strict=True) if not isinstance(pair, str) for path in r.images]
     pictures, broken = _check(dict.fromkeys(wanted), reader, advance)
     named: list[str | None] = []
-    out = Prepared([], [], [], {}, {}, [], named)
+    prints: list[Print] = []
+    out = Prepared([], [], [], {}, {}, [], named, prints)
     for record, pair in zip(records, pairs, strict=True):
         reason = pair if isinstance(pair, str) else next((broken[f] for f in record.images if f in broken), None)
         if reason is None and not isinstance(pair, str):
@@ -98,6 +102,7 @@ def prepare(
                 out.ids.append(record.id)
                 out.lines.append(record.line)
                 named.append(record.group)
+                prints.append(print_of(record, [key for key, _ in found]))
         if reason is not None:
             out.rejected.append(Rejected(record.line, record.id, reason))
     return out

@@ -28,7 +28,16 @@ from multitap_jax.data.fields import (
     read_string,
 )
 from multitap_jax.data.groups import Links
-from multitap_jax.data.tables import RecordsError, Row, Unreadable, find_records_file, nearest, read_rows
+from multitap_jax.data.tables import (
+    RecordsError,
+    Row,
+    Unreadable,
+    find_records_file,
+    nearest,
+    published_as,
+    read_rows,
+    unit_of,
+)
 
 __all__ = [
     "Record",
@@ -45,6 +54,7 @@ __all__ = [
 ]
 
 COLUMNS = ("id", "image", "text", "request", "score", "ratings", "group")
+_SHOWN = 5  # rejected records in a message
 _MOST = 0.5  # of the records rejected, above which to accept the loss is no advice
 
 
@@ -88,12 +98,14 @@ class RecordSet:
       fingerprint: sha256 over the content of `records` in order (images by path relative to the file): the same for
         the same records in any format and folder.
       objectives: names of all ratings, in first-seen order.
+      unit: what `line` counts: a "line" of text, or a "row" of Parquet.
     """
 
     records: list[Record]
     rejected: list[Rejected]
     fingerprint: str
     objectives: tuple[str, ...]
+    unit: str = "line"
 
     def summary(self) -> str:
         """A few lines for people: counts, objectives, the first rejections."""
@@ -104,7 +116,7 @@ class RecordSet:
             rated = sum(record.ratings.get(name) is not None for record in self.records)
             lines.append(f"  ratings.{name}: {rated:,}")
         if self.rejected:
-            lines += [f"{len(self.rejected):,} rejected:", *_first_reasons(self.rejected)]
+            lines += [f"{len(self.rejected):,} rejected:", *_first_reasons(self.rejected, self.unit)]
         return "\n".join(lines)
 
 
@@ -147,7 +159,7 @@ def load_records(
         write_rejected(rejected_path, rejected)
     check_rejected_share(file, len(records), rejected, max_rejected, flags=flags)
     objectives = tuple(dict.fromkeys(name for record in records for name in record.ratings))
-    return RecordSet(records, rejected, _fingerprint(records, file.parent), objectives)
+    return RecordSet(records, rejected, _fingerprint(records, file.parent), objectives, unit_of(file))
 
 
 def iter_records(
@@ -184,12 +196,22 @@ def iter_records(
 
 
 def check_rejected_share(
-    path: Path, good: int, rejected: Sequence[Rejected], max_rejected: float, *, flags: str = "--"
+    path: Path,
+    good: int,
+    rejected: Sequence[Rejected],
+    max_rejected: float,
+    *,
+    flags: str = "--",
+    unit: str | None = None,
+    listed: Path | None = None,
 ) -> None:
     """Raises RecordsError where more than `max_rejected` of the lines are rejected, or none is left.
 
-    `flags` is as in `iter_records`.
+    `flags` is as in `iter_records`; `unit` is what `Rejected.line` counts, by default what the file has; `listed` is a
+    file that has them all.
     """
+    more = [f"  all of them: {listed}"] if listed is not None and len(rejected) > _SHOWN else []
+    reasons = "\n".join([*_first_reasons(rejected, unit or unit_of(path)), *more])
     total = good + len(rejected)
     if total == 0:
         raise RecordsError(f"{path}: no records in the file")
@@ -197,15 +219,16 @@ def check_rejected_share(
         share = len(rejected) / total
         raise RecordsError(
             f"{path}: {len(rejected):,} of {total:,} records rejected ({share:.1%}, allowed {max_rejected:.1%}):\n"
-            + "\n".join(_first_reasons(rejected))
+            + reasons
             + (
                 f"\nMend the records, or accept the loss with {flags}max_rejected={math.ceil(share * 100) / 100:g}"
                 if share <= _MOST
                 else "\nSo many have one cause, as a rule; mend it, and begin with the first of these lines"
+                + ("" if unit else published_as(path))  # who has a unit of its own reads no records
             )
         )
     if good == 0:
-        raise RecordsError(f"{path}: no usable record:\n" + "\n".join(_first_reasons(rejected)))
+        raise RecordsError(f"{path}: no usable record:\n{reasons}")
 
 
 def reject_image(record: Record, error: ImageError) -> Rejected:
@@ -246,7 +269,7 @@ class RecordParser:
                 raise BadRecord(row.reason)
             name = read_string(row, "id", "a record needs an id that no other record has")
             if not self.seen.add(name):
-                raise BadRecord(f"duplicate id {name!r}: an earlier line has it")
+                raise BadRecord(f"duplicate id {name!r}: an earlier record has it")
             return self._record(name, line, row if self.is_json else from_table(row))
         except BadRecord as bad:
             return Rejected(line, name, str(bad))
@@ -285,9 +308,9 @@ def _check_column(name: str) -> str | None:
     return f"unknown column {name!r}{nearest(name, COLUMNS)} (columns: {', '.join(COLUMNS)}, ratings.NAME)"
 
 
-def _first_reasons(rejected: Sequence[Rejected], count: int = 5) -> list[str]:
-    lines = [f"  line {item.line}: {item.reason}" for item in rejected[:count]]
-    return lines + ([f"  and {len(rejected) - count:,} more"] if len(rejected) > count else [])
+def _first_reasons(rejected: Sequence[Rejected], unit: str) -> list[str]:
+    lines = [f"  {unit} {item.line}: {item.reason}" for item in rejected[:_SHOWN]]
+    return lines + ([f"  and {len(rejected) - _SHOWN:,} more"] if len(rejected) > _SHOWN else [])
 
 
 def _fingerprint(records: list[Record], root: Path) -> str:

@@ -60,7 +60,6 @@ class StreamPacker:
       batch_tokens: about how many tokens a batch holds; bounds device memory. Where the backbone keeps images apart
         from the row, each of their patches counts as one.
       max_length: longest pair in tokens, image tokens included.
-      truncate: cut longer texts instead of refusing them; None: they must not be cut.
       cells: data shards of the mesh.
       workers: threads that decode images.
 
@@ -77,18 +76,20 @@ class StreamPacker:
         hidden: int,
         batch_tokens: int = 16384,
         max_length: int = 2048,
-        truncate: bool | None = False,
         cells: int = 1,
         workers: int = 4,
     ):
         self._prompter, self._reader, self._vision = prompter, reader, vision
         self._hidden, self._cells = hidden, cells
-        self.batch_tokens, self.max_length, self.truncate = batch_tokens, max_length, truncate
+        self.batch_tokens, self.max_length = batch_tokens, max_length
         self.book = ShapeBook(hidden, cells, vision.layout.block[0])
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
 
-    def window(self, pairs: Sequence[Pair]) -> Window:
-        """Prepares a window; its batches are packed as they are asked for."""
+    def window(self, pairs: Sequence[Pair], *, truncate: bool | None = False) -> Window:
+        """Prepares a window; its batches are packed as they are asked for.
+
+        Texts that are too long are cut with `truncate`, else they get an error; None: they must not be cut.
+        """
         images, failures = self._decode(pairs)
         out = Window([None] * len(pairs), [0] * len(pairs), [False] * len(pairs), [None] * len(pairs))
         encoded = self._prompter.encode(
@@ -105,7 +106,7 @@ class StreamPacker:
             if error is None and isinstance(item, Encoded):
                 keys = tuple(images[s].key for s in sources)
                 prefix = len(item.prefix) + sum(self._vision.layout.num_tokens(grids[key]) - 1 for key in keys)
-                error = self._fit(out, index, item, prefix, keys, examples)
+                error = self._fit(out, index, item, prefix, keys, examples, truncate)
             out.errors[index] = error
             if error is None:
                 usable.append(index)
@@ -122,11 +123,12 @@ class StreamPacker:
         prefix: int,
         keys: tuple[Hashable, ...],
         examples: list[Example],
+        truncate: bool | None,
     ) -> str | None:
         """Adds the pair to `examples` if it is short enough or may be cut; else says why not."""
         text, room = item.text, self.max_length - prefix
         if len(text) > room:
-            if self.truncate is None:
+            if truncate is None:
                 whole = prefix + len(text)
                 return f"the prompt has {whole} tokens, more than {self.max_length}; shorten it, or raise max_length"
             if room <= len(self._prompter.closing):
@@ -134,7 +136,7 @@ class StreamPacker:
                     f"image and prompt alone take {prefix} of {self.max_length} tokens; "
                     "raise max_length (--max_length), or train with a smaller image policy"
                 )
-            if not self.truncate:
+            if not truncate:
                 return (
                     f"the text has {len(text)} tokens, but only {room} of {self.max_length} are left beside image and "
                     "prompt; shorten it, raise max_length (--max_length), or have it cut with truncate (--truncate)"

@@ -55,13 +55,23 @@ def find_records_file(path: str | Path) -> Path:
             names = ", ".join(p.name for p in inside) or "none"
             raise RecordsError(
                 f"{path}: expected one records file ({', '.join(SUFFIXES)}), found {names}; name the file"
+                + published_as(path)
             )
         return inside[0]
     if not path.is_file():
         raise RecordsError(f"{path}: no such records file; check the path")
     if path.suffix not in SUFFIXES:
-        raise RecordsError(f"{path}: records are {', '.join(SUFFIXES)} files; rename or convert it")
+        raise RecordsError(
+            f"{path}: records are {', '.join(SUFFIXES)} files; rename or convert it" + published_as(path)
+        )
     return path
+
+
+def published_as(path: Path) -> str:
+    """What to say besides of files that are no records, where they are those of a public dataset; else nothing."""
+    from multitap_jax.data.sources.registry import hint  # which stands above, and is asked where something went wrong
+
+    return hint(path)
 
 
 def read_rows(path: Path, check_column: ColumnCheck) -> Iterator[tuple[int, Row]]:
@@ -85,6 +95,11 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
                 yield number, Unreadable(f"line is longer than {MAX_LINE_BYTES:,} bytes")
             elif line.strip():
                 yield number, parse_json_object(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
+
+
+def unit_of(path: Path) -> str:
+    """What the numbers of `read_rows` count in this file."""
+    return "row" if path.suffix == ".parquet" else "line"
 
 
 def parse_json_object(line: bytes) -> Row:
@@ -184,7 +199,7 @@ def _check_header(path: Path, names: list[str], check_column: ColumnCheck) -> No
     problems = [problem for name in names if (problem := check_column(name)) is not None]
     problems += [f"column {name!r} twice" for name in sorted({n for n in names if names.count(n) > 1})]
     if problems:
-        raise RecordsError(f"{path}: " + "; ".join(problems) + ". Rename or drop the column")
+        raise RecordsError(f"{path}: " + "; ".join(problems) + ". Rename or drop the column" + published_as(path))
 
 
 def _skip_line(file: BinaryIO) -> None:

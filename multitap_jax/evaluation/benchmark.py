@@ -11,8 +11,8 @@ from rich.text import Text
 from multitap_jax.display import TextTable
 from multitap_jax.evaluation.correlation import Interval, Statistic, kendall_tau, pearson, spearman, undefined_reason
 from multitap_jax.evaluation.protocols import TIES, Benchmark, Protocol
-from multitap_jax.evaluation.report import plain, read_note, trained_on
-from multitap_jax.evaluation.scores import read_scores
+from multitap_jax.evaluation.report import plain, read_note, shown
+from multitap_jax.evaluation.scores import read_scores, seen_before
 
 LEVEL = 0.95
 UNKNOWN = "not noted beside the scores"
@@ -33,6 +33,7 @@ class BenchmarkReport:
       subset: whether the records are not the published number, or not of the published split.
       conditions: variant, tie_rule, references, prompt, position_mode, image_policy, alpha_rule, dtype.
       warnings: what makes the number mean less than it seems.
+      counted, scores: the records, and the scores float64[N] of them.
     """
 
     benchmark: str
@@ -48,6 +49,8 @@ class BenchmarkReport:
     subset: bool
     conditions: dict[str, str]
     warnings: tuple[str, ...]
+    counted: Benchmark = dataclasses.field(repr=False)
+    scores: np.ndarray = dataclasses.field(repr=False)
 
     def table(self) -> TextTable:
         """The numbers times 100, as such tables have them; `words` says what they mean."""
@@ -64,7 +67,7 @@ class BenchmarkReport:
 
     def to_json(self) -> str:
         """The whole report; numbers that do not exist are null, with their reason."""
-        return json.dumps(plain(self), indent=2, allow_nan=False)
+        return json.dumps(plain(shown(self)), indent=2, allow_nan=False)
 
     def save(self, folder: str | Path) -> Path:
         """Writes FOLDER/BENCHMARK.json."""
@@ -77,9 +80,10 @@ class BenchmarkReport:
         """Protocol, counts, conditions and warnings, in sentences."""
         known = [f"{name.replace('_', ' ')}: {value}" for name, value in self.conditions.items() if value != UNKNOWN]
         unknown = [name.replace("_", " ") for name, value in self.conditions.items() if value == UNKNOWN]
+        tied = "comparisons" if self.statistic == "accuracy" else "pairs of them"
         lines = [
             self.protocol,
-            f"n = {self.n:,} from {self.n_records:,} records; {self.ties:,} ties in the scores. Interval: "
+            f"n = {self.n:,} from {self.n_records:,} records; {self.ties:,} {tied} with equal scores. Interval: "
             f"{self.value.interval.samples:,} bootstrap samples of {self.n_groups:,} whole groups.",
             "; ".join(known + [f"not noted beside the scores: {', '.join(unknown)}"] * bool(unknown)) + ".",
         ]
@@ -116,52 +120,49 @@ def evaluate_benchmark(
     """
     benchmark = Benchmark.open(protocol, records_path, allow_subset=allow_subset, allow_outside_root=allow_outside_root)
     scores = read_scores(scores_path, benchmark.records, score_field)
-    return report_of(benchmark, scores, read_note(scores_path), records_path, bootstrap_samples, seed)
-
-
-def report_of(
-    benchmark: Benchmark,
-    scores: np.ndarray,
-    note: dict[str, Any],
-    records_path: str | Path,
-    samples: int = 1000,
-    seed: int = 0,
-) -> BenchmarkReport:
-    """The report of scores float64[N] of a benchmark's records; `note` is the sidecar of `multitap score`, or {}."""
-    protocol = benchmark.protocol
-    drawn = benchmark.resampled([scores], samples, seed)[0]
+    drawn = benchmark.resampled([scores], bootstrap_samples, seed)[0]
     value = benchmark.statistic(scores)
     reason = undefined_reason(scores[benchmark.rows], benchmark.human) if protocol.statistic != "accuracy" else None
-    categories, others = {}, {}
-    if protocol.statistic == "accuracy":
-        hits = benchmark.hits(scores)
-        for column, (name, part) in enumerate(benchmark.by_category().items(), 1):
-            categories[name] = Statistic(float(hits[part].mean()), interval(drawn[:, column]))
-        if categories:
-            mean = drawn[:, 1:].mean(axis=1)
-            categories["mean"] = Statistic(float(np.mean([c.value for c in categories.values()])), interval(mean))
-        others = {f"ties {rule}": float(benchmark.hits(scores, rule).mean()) for rule in TIES if rule != protocol.ties}
-    else:
-        pred = scores[benchmark.rows]
-        taus = {
-            f"tau_{v}": kendall_tau(pred, benchmark.human, v) for v in ("b", "c") if f"tau_{v}" != protocol.statistic
-        }
-        others = {**taus, "Pearson": pearson(pred, benchmark.human), "Spearman": spearman(pred, benchmark.human)}
     return BenchmarkReport(
         benchmark=protocol.name,
         protocol=protocol.describe(),
         statistic=protocol.statistic,
         value=Statistic(value, interval(drawn[:, 0]), reason),
-        categories=categories,
-        others=others,
+        categories=_categories(benchmark, scores, drawn),
+        others=_others(benchmark, scores),
         n=len(benchmark.rows),
         n_records=len(benchmark.records),
         n_groups=len(np.unique(benchmark.groups)),
         ties=benchmark.ties(scores),
         subset=benchmark.subset,
-        conditions=_conditions(protocol, note),
-        warnings=trained_on(note, records_path),
+        conditions=_conditions(protocol, read_note(scores_path)),
+        warnings=seen_before(scores_path, benchmark.records),
+        counted=benchmark,
+        scores=scores,
     )
+
+
+def _categories(benchmark: Benchmark, scores: np.ndarray, drawn: np.ndarray) -> dict[str, Statistic]:
+    """The accuracy of each category, and their mean; nothing for correlations. `drawn` are resamples of all of them."""
+    if benchmark.protocol.statistic != "accuracy" or not (parts := benchmark.by_category()):
+        return {}
+    hits = benchmark.hits(scores)
+    values = [float(hits[part].mean()) for part in parts.values()]
+    found = {
+        name: Statistic(value, interval(drawn[:, column]))
+        for column, (name, value) in enumerate(zip(parts, values, strict=True), 1)
+    }
+    return found | {"mean": Statistic(float(np.mean(values)), interval(drawn[:, 1:].mean(axis=1)))}
+
+
+def _others(benchmark: Benchmark, scores: np.ndarray) -> dict[str, float]:
+    """Further statistics of the same rows; of an accuracy the number under each other rule for equal scores."""
+    protocol, human = benchmark.protocol, benchmark.human
+    if protocol.statistic == "accuracy":
+        return {f"ties {rule}": float(benchmark.hits(scores, rule).mean()) for rule in TIES if rule != protocol.ties}
+    pred = scores[benchmark.rows]
+    taus = {f"tau_{v}": kendall_tau(pred, human, v) for v in ("b", "c") if f"tau_{v}" != protocol.statistic}
+    return {**taus, "Pearson": pearson(pred, human), "Spearman": spearman(pred, human)}
 
 
 def _conditions(protocol: Protocol, note: dict[str, Any]) -> dict[str, str]:

@@ -54,9 +54,11 @@ class Comparison:
 
     def words(self) -> str:
         """The protocol, and what the test says."""
+        least = self.p_value <= 2 / (self.samples + 1)  # no sample fell on the other side: p is not known below this
+        p = f"p < {2 / self.samples:.3g}" if least and self.samples else f"p = {self.p_value:.3g}"
         return (
-            f"{self.protocol}\nPaired bootstrap: p = {self.p_value:.3g} (two-sided), {self.samples:,} samples of "
-            f"{self.n_groups:,} whole groups, the same for both; n = {self.n:,}."
+            f"{self.protocol}\nPaired bootstrap: {p} (two-sided), {self.samples:,} samples of {self.n_groups:,} whole "
+            f"groups, the same for both; n = {self.n:,}." + " More samples could tell of a smaller p." * least
         )
 
     def to_json(self) -> str:

@@ -11,7 +11,6 @@ from multitap_jax import __version__
 from multitap_jax.data.records import Record, iter_records
 from multitap_jax.evaluation.benchmark import BenchmarkReport
 from multitap_jax.evaluation.correlation import Metrics, Statistic
-from multitap_jax.evaluation.protocols import Benchmark
 from multitap_jax.evaluation.report import NO_TARGET, EvaluationReport
 from multitap_jax.pages.charts import objectives_chart, scatter_chart
 from multitap_jax.pages.elements import (
@@ -81,27 +80,25 @@ def write_evaluation(
 
 def write_benchmark(
     path: str | Path,
-    benchmark: Benchmark,
-    scores: np.ndarray,
     report: BenchmarkReport,
     scores_path: str | Path,
     records_path: str | Path,
     *,
     title: str = TITLE,
 ) -> Path:
-    """Writes the page of a benchmark: `report` is of these scores float64[N] of the benchmark's records.
+    """Writes the page of a benchmark.
 
     A correlation is shown by its records, an accuracy by its comparisons.
     """
     rows = {report.statistic: report.value, **report.categories}
     cells = [[escaped(name), estimate(_interval(found, 100))] for name, found in rows.items()]
     others = [[escaped(name), f"<b>{100 * value:.3f}</b>"] for name, value in report.others.items()]
-    compared = benchmark.protocol.statistic == "accuracy"
+    compared = report.statistic == "accuracy"
     body = [
         header("multitap report", title, f"{report.benchmark}: {_subject(scores_path, records_path)}"),
         "<h2>Agreement</h2>" + table(["", "x 100, 95% interval"], cells + others, style="table lead-row"),
         *_warnings(report.warnings),
-        *(_comparisons(benchmark, scores, report) if compared else _judgements(benchmark, scores)),
+        *(_comparisons(report) if compared else _judgements(report)),
         "<h2>Protocol</h2>",
         paragraphs(report.words().splitlines()),
         "<h2>How it was made</h2>",
@@ -117,17 +114,19 @@ def write_benchmark(
     return write_page(path, title, body)
 
 
-def _judgements(benchmark: Benchmark, scores: np.ndarray) -> Iterator[str]:
+def _judgements(report: BenchmarkReport) -> Iterator[str]:
     """Chart and pictures; both sides from their smallest number (0) to their largest (1), which no tau minds."""
-    points = np.stack([_stretched(scores), _stretched(benchmark.human_means())], axis=1)
+    benchmark = report.counted
+    points = np.stack([_stretched(report.scores), _stretched(benchmark.human_means())], axis=1)
     words = "Each dot is a record; both sides from their smallest number, 0, to their largest, 1."
     chart = figure(scatter_chart(points[:, 1], points[:, 0]), "Predicted against human", words)
     yield f"<section class=plots>{chart}</section>"
     yield from _pictures({r.id: p for r, p in zip(benchmark.records, points.tolist(), strict=True)}, benchmark.records)
 
 
-def _comparisons(benchmark: Benchmark, scores: np.ndarray, report: BenchmarkReport) -> Iterator[str]:
+def _comparisons(report: BenchmarkReport) -> Iterator[str]:
     """Accuracy by category, and the comparisons that the scores lose and win by most, side by side."""
+    benchmark, scores = report.counted, report.scores
     if report.categories:
         bars = [(name, _interval(found), None) for name, found in report.categories.items()]
         yield figure(objectives_chart(bars, "accuracy"), "Categories", "Share of comparisons ordered as people did.")

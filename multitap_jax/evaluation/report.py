@@ -11,11 +11,11 @@ import numpy as np
 from rich.text import Text
 
 from multitap_jax.data.records import Record, Rejected, group_keys, iter_records
-from multitap_jax.data.tables import RecordsError, Unreadable, find_records_file, read_jsonl
+from multitap_jax.data.tables import RecordsError, Unreadable, read_jsonl
 from multitap_jax.display import TextTable
 from multitap_jax.evaluation.correlation import Metrics, Statistic, evaluate_pairs
 from multitap_jax.evaluation.plots import objective_figure, scatter_figure
-from multitap_jax.evaluation.scores import is_number
+from multitap_jax.evaluation.scores import is_number, seen_before
 from multitap_jax.scoring.journal import sidecar_of
 
 NO_TARGET = "none"  # compare the objectives only
@@ -103,9 +103,7 @@ class EvaluationReport:
 
     def to_json(self) -> str:
         """The whole report; numbers that do not exist are null, with their reason."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.repr}
-        values = {name: plain(value) for name, value in fields.items()}
-        return json.dumps(values, indent=2, allow_nan=False)
+        return json.dumps(plain(shown(self)), indent=2, allow_nan=False)
 
     def save(self, folder: str | Path) -> None:
         """Writes metrics.json, overall.png (scores against people) and, with objectives, objectives.png."""
@@ -211,7 +209,10 @@ def evaluate_files(
         unpredicted=[n for n in dict.fromkeys(n for r in records for n in r.ratings) if n not in scores.objectives],
         problems=scores.problems,
         rejected=[item for item in items if isinstance(item, Rejected)],
-        warnings=(*trained_on(note, records_path), *_off_scale(pred, rated)),
+        warnings=(
+            *seen_before(Path(scores_path), [r for r in records if r.id in scores.seen]),
+            *_off_scale(pred, rated),
+        ),
         points=np.stack([pred, human], axis=1),
         ids=[record.id for record in rated],
     )
@@ -236,17 +237,6 @@ def read_note(scores_path: str | os.PathLike[str]) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return note if isinstance(note, dict) and isinstance(note.get("settings", {}), dict) else {}
-
-
-def trained_on(note: dict[str, Any], records_path: str | os.PathLike[str]) -> tuple[str, ...]:
-    """A warning where the sidecar says that the model was trained on these very records; else nothing."""
-    trained = note.get("trained_on")
-    files = str(trained.get("records", "")) if isinstance(trained, dict) else ""
-    here = find_records_file(Path(records_path)).resolve()
-    for name in filter(None, (part.strip() for part in files.split(","))):
-        if Path(name).exists() and Path(name).resolve() in (here, here.parent):
-            return (f"the model was trained on these very records ({name}): this says nothing of others",)
-    return ()
 
 
 def _off_scale(pred: np.ndarray, rated: list[Record]) -> tuple[str, ...]:
@@ -351,15 +341,16 @@ def _protocol(
     mapped = "" if target_range == (0.0, 1.0) else f", mapped from [{low:g}, {high:g}] to [0, 1]"
     first = f"its overall score against {target}{mapped}; "
     counts = (
-        f"n = {overall.n:,}, ties {overall.ties_pred:,} in the scores, {overall.ties_human:,} in the human scores. "
+        f"n = {overall.n:,} records with a score and a human score; of their {overall.n * (overall.n - 1) // 2:,} "
+        f"pairs {overall.ties_pred:,} have equal scores, {overall.ties_human:,} equal human scores. "
     )
     metrics = overall
     if target == NO_TARGET:
         first, counts, metrics = "", "", next(iter(objectives.values()), overall)
     return (
         f"Each record counts once: {first}objectives against the ratings of their name, in the units of the ratings. "
-        "tau_b and tau_c are Kendall's, ties counted among n(n-1)/2 comparisons. "
-        f"accuracy: share within {metrics.tolerance:g}. "
+        "tau_b and tau_c are Kendall's: tau_b is corrected for pairs of records with equal numbers, tau_c is Stuart's. "
+        f"The accuracy in metrics.json is the share within {metrics.tolerance:g} of what people said. "
         f"Intervals: {metrics.level:.0%} percentile bootstrap, {metrics.samples:,} samples of whole groups "
         f"({metrics.n_groups:,} groups of records that share a group or picture). "
         f"{counts}Scores computed in dtype {dtype}; {truncated:,} texts truncated."
@@ -372,6 +363,11 @@ def _cell(statistic: Statistic, *, interval: bool = False) -> str:
     if not interval or math.isnan(statistic.interval.low):
         return f"{statistic.value:.2f}"
     return f"{statistic.value:.2f} [{statistic.interval.low:.2f}, {statistic.interval.high:.2f}]"
+
+
+def shown(report: Any) -> dict[str, Any]:
+    """The fields of a dataclass that are shown; others are of records one by one."""
+    return {field.name: getattr(report, field.name) for field in dataclasses.fields(report) if field.repr}
 
 
 def plain(value: Any) -> Any:

@@ -8,7 +8,9 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from multitap_jax.data.records import Record
+from multitap_jax.data.seen import from_bytes, prints_of, told
 from multitap_jax.data.tables import RecordsError, Unreadable, read_jsonl, some
+from multitap_jax.scoring.journal import seen_file_of
 
 
 class ScoresError(RecordsError):
@@ -111,6 +113,16 @@ def _by_id(path: Path, rows: Sequence[tuple[int, dict[str, Any]]], found: np.nda
             what += "A part of a benchmark is not evaluated: score the missing ones, too"
         raise ScoresError(what)
     return found[[place[name] for name in ids]]
+
+
+def seen_before(path: str | Path, records: Sequence[Record]) -> tuple[str, ...]:
+    """What to say of records that the model which made the scores has seen, as far as `multitap score` left it beside
+    them. Raises ValueError where what it left is damaged."""
+    beside = seen_file_of(Path(path))
+    if not beside.is_file():
+        return ()
+    known = from_bytes(beside.read_bytes(), beside)
+    return told(known, [record.id for record in records], prints_of(records))
 
 
 def is_number(value: Any) -> TypeGuard[float]:

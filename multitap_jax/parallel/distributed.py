@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 
 from multitap_jax.parallel import watchdog
 from multitap_jax.parallel.clusters import Place, find_place
+from multitap_jax.parallel.host import say_last
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -140,11 +141,9 @@ def _give_up(place: Place, timeout: float) -> None:
     else:
         said = f"process {place.process} reached {place.coordinator}, but others have not come within {timeout:g} s"
     count = f" ({place.processes})" if place.processes else ""
-    print(
+    say_last(
         f"multitap: {said}. Check that NUM_PROCESSES{count} is what was really started, that no two have one "
-        "PROCESS_ID, that all were given one coordinator and reach its address and port, and the logs of the others",
-        file=sys.stderr,
-        flush=True,
+        "PROCESS_ID, that all were given one coordinator and reach its address and port, and the logs of the others"
     )
     os._exit(RendezvousError.exit_code)
 
@@ -169,7 +168,7 @@ def leave(code: int, error: BaseException | None = None, explained: bool = True)
         why = f"{name} failed, and the run with it" + (", of what is said above; mend it first" if explained else "")
         if error is not None and not explained:
             traceback.print_exception(error)
-    print(f"multitap: {why}. The same command, given to all, goes on where the run was saved", file=sys.stderr)
+    say_last(f"multitap: {why}. The same command, given to all, goes on where the run was saved")
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -5,6 +5,22 @@ import glob
 import os
 import sys
 
+LAST_WORDS = "MULTITAP_LAST_WORDS"
+
+
+def say_last(text: str) -> None:
+    """Tells the user why this process ends.
+
+    A launcher of several processes, which all end for the same reason as a rule, names a file for each in
+    MULTITAP_LAST_WORDS, and says once what several say.
+    """
+    if path := os.environ.get(LAST_WORDS):
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text + "\n")
+    else:
+        print(text, file=sys.stderr, flush=True)
+
+
 # Parameters of glibc's mallopt (malloc.h).
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 

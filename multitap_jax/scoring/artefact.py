@@ -16,6 +16,7 @@ import numpy as np
 from safetensors.numpy import save as tensors_to_bytes
 
 from multitap_jax.data.processing import Contract
+from multitap_jax.data.seen import FITTED, Seen, from_arrays, is_seen, to_arrays
 from multitap_jax.families import read_config
 from multitap_jax.files import file_hash, json_bytes, write_atomic
 from multitap_jax.parallel.distributed import barrier, is_main_process, whole
@@ -116,6 +117,7 @@ class Artefact:
         source: str = "",
         revision: str = "",
         provenance: Mapping[str, Any] | None = None,
+        seen: Mapping[str, Seen] | None = None,
         dtype: jax.typing.DTypeLike | None = None,
         overwrite: bool = False,
     ) -> "Artefact":
@@ -130,6 +132,7 @@ class Artefact:
           ridge: heads of the objectives, with `objectives` describing them in the same order.
           source, revision: the backbone's origin, for people.
           provenance: anything JSON: configuration, fingerprint of the records, versions, steps.
+          seen: the records that weights and heads have seen (`data/seen.py`), by who has.
           dtype: of the backbone's tensors on disk, None for that of the parameters; heads are float32 always.
 
         Raises:
@@ -159,6 +162,7 @@ class Artefact:
             source=source or base.name,
             revision=revision,
             provenance=provenance or {},
+            seen=seen or {},
         )
         manifest = write_artefact(Path(folder), contents, write_weights, overwrite=overwrite)
         barrier("artefact")
@@ -228,7 +232,7 @@ class Artefact:
     def head_arrays(self) -> dict[str, np.ndarray]:
         """reward_head.weight float32[1, H], .bias [1]; if fitted, ridge.coef float32[T, H], .intercept, .alpha [T]."""
         path = self.heads_file()
-        arrays = {name: tensor.read() for name, tensor in read_header(path).items()}
+        arrays = {name: tensor.read() for name, tensor in read_header(path).items() if not is_seen(name)}
         hidden = self.hidden_size
         targets = len(self.manifest.objectives)
         expected = {"reward_head.weight": (1, hidden), "reward_head.bias": (1,)}
@@ -243,14 +247,22 @@ class Artefact:
             raise ArtefactError(f"{path}: {'; '.join(wrong)}; restore the file, or train and save the heads again")
         return arrays
 
-    def add_ridge(self, head: RidgeHead, objectives: Sequence[Objective]) -> "Artefact":
+    def seen(self) -> dict[str, Seen]:
+        """The records that weights ("trained") and ridge head ("fitted") have seen, as far as it was noted."""
+        stored = read_header(self.heads_file())
+        return from_arrays({name: tensor.read() for name, tensor in stored.items() if is_seen(name)})
+
+    def add_ridge(self, head: RidgeHead, objectives: Sequence[Objective], seen: Seen | None = None) -> "Artefact":
         """Writes a ridge head into the folder in place of the one there, if any; weights and reward head stay.
 
-        A crash at any point leaves the old heads or the new ones, whole: the new heads wait under another name until
-        the manifest, replaced in one step, asks for them.
+        `seen` are the records that the head was fitted on, None where they are not known. A crash at any point leaves
+        the old heads or the new ones, whole: the new heads wait under another name until the manifest, replaced in one
+        step, asks for them.
         """
         reward, _ = self.load_heads()
-        data = tensors_to_bytes(head_arrays(reward, head))
+        known = {who: records for who, records in self.seen().items() if who != FITTED}
+        known |= {} if seen is None else {FITTED: seen}
+        data = tensors_to_bytes(head_arrays(reward, head) | to_arrays(known))
         waiting = _waiting(self.folder)
         write_atomic(waiting, data)
         manifest = dataclasses.replace(

@@ -3,9 +3,10 @@
 The output is its own journal. Lines are appended in input order, a window at a time, and pushed to the disk before the
 next window starts; a restart cuts off what is torn, checks the ids of the lines that are whole against the input, and
 goes on after them. `OUTPUT.job.json` beside it says what is being scored with what, so that another input or another
-model can never continue a file. `OUTPUT.rejected.jsonl` repeats the lines that have no score, with the reason.
+model can never continue a file; `OUTPUT.seen.safetensors`, which records the model has seen in training.
+`OUTPUT.rejected.jsonl` repeats the lines that have no score, with the reason.
 
-Of several processes each scores its share of the windows, and the first writes all three files (`parts.py`); what it
+Of several processes each scores its share of the windows, and the first writes all of these files (`parts.py`); what it
 has not yet come to waits in `OUTPUT.parts/`. Any number of processes may go on with the job of any other.
 """
 
@@ -13,6 +14,7 @@ import dataclasses
 import functools
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import islice
@@ -22,11 +24,14 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 import numpy as np
 
 from multitap_jax.data.records import Record, Rejected, iter_records
+from multitap_jax.data.seen import Seen, to_bytes
+from multitap_jax.data.stream import Pair
 from multitap_jax.data.tables import find_records_file
-from multitap_jax.files import canonical_hash
+from multitap_jax.files import canonical_hash, write_atomic
 from multitap_jax.parallel.distributed import from_main, is_main_process
-from multitap_jax.scoring.journal import JobError, Journal, input_fingerprint, sidecar_of
-from multitap_jax.scoring.parts import Block, Parts
+from multitap_jax.scoring.journal import JobError, Journal, input_fingerprint, seen_file_of, sidecar_of
+from multitap_jax.scoring.occupancy import Occupancy
+from multitap_jax.scoring.parts import Block, Parts, Work
 from multitap_jax.scoring.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -55,13 +60,17 @@ class SupportsScore(Protocol):
         """JSON of the human score that the overall score stands for: `target` and `target_range`."""
 
     @property
+    def seen(self) -> dict[str, Seen]:
+        """The records that the model has seen, as far as it is known (`data/seen.py`)."""
+
+    @property
     def conditions(self) -> dict[str, str]:
         """JSON of what a report has to say: prompt variant, position mode, image policy, pooling, alpha rule."""
 
-    def score(
-        self, *, images: Sequence[Any], texts: Sequence[str], requests: Sequence[str | None], truncate: bool
-    ) -> "Scores":
-        """Scores pair by pair; a pair that fails has an error instead of a score."""
+    def score_stream(
+        self, lists: Iterable[Sequence[Pair]], *, truncate: bool, occupancy: Occupancy
+    ) -> Iterator["Scores"]:
+        """The scores of each list, in order; a pair that fails has an error instead of a score."""
 
 
 class TooManyRejected(JobError):
@@ -78,6 +87,7 @@ class JobSummary:
       resumed: lines that an earlier run had finished.
       truncated: lines whose text was cut.
       seconds: wall time of this run, scoring and replay.
+      idle: share of the time in which this process's device waited for batches; None where that was not seen.
       output, rejected_file: where they are.
       already_complete: the file was finished before and nothing was done.
     """
@@ -87,6 +97,7 @@ class JobSummary:
     resumed: int
     truncated: int
     seconds: float
+    idle: float | None
     output: Path
     rejected_file: Path
     already_complete: bool = False
@@ -100,6 +111,8 @@ class JobSummary:
         if self.resumed:
             parts.append(f"{self.resumed} lines were there from an earlier run")
         parts.append(f"{new} new lines in {self.seconds:.1f} s ({rate:.1f} pairs/s)")
+        if self.idle is not None:
+            parts.append(f"the device waited {self.idle:.0%} of the time for the host")
         return "; ".join(parts)
 
 
@@ -153,30 +166,25 @@ def score_file(
     began = time.monotonic()
     source, output = find_records_file(input), Path(output)
     rejected_file = output.with_name(output.name + ".rejected.jsonl")
-    written = (output, sidecar_of(output), rejected_file)
+    written = (output, sidecar_of(output), seen_file_of(output), rejected_file)
     if source.resolve() in [path.resolve() for path in written]:
         raise JobError(f"{source}: the job would write over its input; choose another output")
-    identity = {
-        "input": input_fingerprint(source),
-        "model": scorer.fingerprint,
-        "settings": {**scorer.settings, "truncate": truncate, "allow_outside_root": allow_outside_root},
-    }
+    settings = {**scorer.settings, "truncate": truncate, "allow_outside_root": allow_outside_root}
+    identity = {"input": input_fingerprint(source), "model": scorer.fingerprint, "settings": settings}
     parts: Parts[Record | Rejected] = Parts(
         output.with_name(output.name + ".parts"), canonical_hash([identity, window]), window
     )
     items = iter_records(source, allow_outside_root=allow_outside_root)
-    tally, resumed = _Tally(), None
-
-    def work(block: Block[Record | Rejected]) -> list[dict[str, Any]]:
-        _judge(tally, max_rejected, rejected_file, final=False)
-        return _score_window(scorer, block.items, truncate)
-
+    tally, resumed, occupancy = _Tally(), None, Occupancy()
+    work = functools.partial(_score_blocks, scorer, truncate, occupancy)
     if is_main_process():
         names = ("checkpoint", "trained_on", "conditions")
         with Journal(output, identity, {name: getattr(scorer, name) for name in names}) as journal:
+            with journal.disk_errors():
+                _leave_seen(scorer, seen_file_of(output))
             total = _count_lines(source) if show_progress else None
             bar = functools.partial(progress_bar, total, enabled=show_progress)
-            resumed = _write(journal, rejected_file, items, parts, work, tally, bar)
+            resumed = _write(journal, rejected_file, items, parts, work, tally, max_rejected, bar)
     elif (start := parts.begin()) is not None:
         parts.follow(islice(items, start, None), start, work)
     found, resumed = from_main([dataclasses.asdict(tally), resumed])
@@ -188,10 +196,19 @@ def score_file(
         resumed=tally.lines if resumed is None else resumed,
         truncated=tally.truncated,
         seconds=time.monotonic() - began,
+        idle=occupancy.close().idle_share,
         output=output,
         rejected_file=rejected_file,
         already_complete=resumed is None,
     )
+
+
+def _leave_seen(scorer: SupportsScore, path: Path) -> None:
+    """Writes down beside the scores which records the model has seen, for whoever judges them."""
+    if known := scorer.seen:
+        write_atomic(path, to_bytes(known))
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _write(
@@ -199,8 +216,9 @@ def _write(
     rejected_file: Path,
     items: Iterator[Record | Rejected],
     parts: Parts[Record | Rejected],
-    work: Callable[[Block[Record | Rejected]], list[dict[str, Any]]],
+    work: Work[Record | Rejected],
     tally: _Tally,
+    max_rejected: float,
     bar: Callable[[int], AbstractContextManager[Callable[[int], None]]],
 ) -> int | None:
     """What the first process does; returns how many lines were there, None where nothing was left to do."""
@@ -213,29 +231,34 @@ def _write(
     with rejects:
         _record(tally, journal.replay(items), rejects, journal)
         resumed = tally.lines
+        _judge(tally, max_rejected, rejected_file, final=False)
         parts.begin(resumed)
         with bar(resumed) as advance:
             for block, lines in parts.in_order(items, resumed, work):
                 journal.append(lines)
                 _record(tally, zip(block.items, lines, strict=True), rejects, journal)
                 advance(len(lines))
+                _judge(tally, max_rejected, rejected_file, final=False)
     journal.finish(dataclasses.asdict(tally))
     return resumed
 
 
-def _score_window(scorer: SupportsScore, items: Sequence[Record | Rejected], truncate: bool) -> list[dict[str, Any]]:
-    """One output line per item; what the reader rejected is not shown to the scorer."""
-    records = [item for item in items if isinstance(item, Record)]
-    scored: Iterator[dict[str, Any]] = iter(())
-    if records:
-        scores = scorer.score(
-            images=[list(record.images) for record in records],
-            texts=[record.text for record in records],
-            requests=[record.request for record in records],
-            truncate=truncate,
-        )
+def _score_blocks(
+    scorer: SupportsScore, truncate: bool, occupancy: Occupancy, blocks: Iterable[Block[Record | Rejected]]
+) -> Iterator[list[dict[str, Any]]]:
+    """The output lines of each block, one per item; what the reader rejected is not shown to the scorer."""
+    asked: deque[Block[Record | Rejected]] = deque()
+
+    def lists() -> Iterator[list[Pair]]:
+        for block in blocks:
+            asked.append(block)
+            yield [Pair(item.images, item.text, item.request) for item in block.items if isinstance(item, Record)]
+
+    for scores in scorer.score_stream(lists(), truncate=truncate, occupancy=occupancy):
+        items = asked.popleft().items
+        records = [item for item in items if isinstance(item, Record)]
         scored = (_scored_line(record.id, scores, index) for index, record in enumerate(records))
-    return [next(scored) if isinstance(item, Record) else _rejected_line(item) for item in items]
+        yield [next(scored) if isinstance(item, Record) else _rejected_line(item) for item in items]
 
 
 def _scored_line(identifier: str, scores: "Scores", index: int) -> dict[str, Any]:

@@ -43,6 +43,11 @@ def sidecar_of(output: Path) -> Path:
     return output.with_name(output.name + ".job.json")
 
 
+def seen_file_of(output: Path) -> Path:
+    """The file beside `output` with the hashes of records that the model has seen (`data/seen.py`), if any."""
+    return output.with_name(output.name + ".seen.safetensors")
+
+
 class Journal:
     """The output file of a job, held by this process alone while the context is open.
 

@@ -8,7 +8,7 @@ files: its blocks are always in turn.
 import json
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -35,6 +35,9 @@ def blocks(items: Iterator[Item], size: int, first: int = 0) -> Iterator[Block[I
     while part := list(islice(items, size - first % size)):
         yield Block(first, part)
         first += len(part)
+
+
+Work = Callable[[Iterable[Block[Item]]], Iterator[Any]]
 
 
 class Parts(Generic[Item]):
@@ -72,7 +75,7 @@ class Parts(Generic[Item]):
         self,
         items: Iterator[Item],
         start: int,
-        work: Callable[[Block[Item]], Any],
+        work: Work[Item],
         whole: Callable[[Block[Item]], bool] = lambda block: True,
     ) -> Iterator[tuple[Block[Item], Any]]:
         """In the first process: all blocks with their results, in order; it does its own share on the way.
@@ -80,14 +83,12 @@ class Parts(Generic[Item]):
         Args:
           items: the input after its first `start` records.
           start: see `begin`.
-          work: makes the JSON result of a block.
+          work: makes the JSON results of blocks, in their order; it may ask for blocks before it gives results.
           whole: whether other files of a finished block are still there.
         """
         waiting: deque[Block[Item]] = deque()
-        for block in blocks(items, self._size, start):
-            waiting.append(block)
-            self._do(block, work, whole)
-            while waiting and (len(waiting) > AHEAD or self._has(waiting[0], whole)):
+        for _ in self._do(items, start, work, whole, waiting.append):
+            while waiting and (self._has(waiting[0], whole) or (len(waiting) > AHEAD and not self._mine(waiting[0]))):
                 yield self._take(waiting.popleft(), whole)
         while waiting:
             yield self._take(waiting.popleft(), whole)
@@ -97,23 +98,42 @@ class Parts(Generic[Item]):
         self,
         items: Iterator[Item],
         start: int,
-        work: Callable[[Block[Item]], Any],
+        work: Work[Item],
         whole: Callable[[Block[Item]], bool] = lambda block: True,
     ) -> None:
         """In all other processes: does their share, then waits until the first has put everything in order."""
-        for block in blocks(items, self._size, start):
-            self._do(block, work, whole)
+        deque(self._do(items, start, work, whole), maxlen=0)
         wait_until(lambda: not self.folder.exists(), self._files)
 
-    def _do(self, block: Block[Item], work: Callable[[Block[Item]], Any], whole: Callable[[Block[Item]], bool]) -> None:
-        if block.first // self._size % self._count != self._index or self._has(block, whole):
-            return
-        result = work(block)
-        watchdog.beat(f"record {block.first + len(block.items)}")
-        if self._count == 1:
-            self._held[block.first] = result
-        else:
-            write_atomic(self.path(block, ".json"), json.dumps(result).encode())
+    def _do(
+        self,
+        items: Iterator[Item],
+        start: int,
+        work: Work[Item],
+        whole: Callable[[Block[Item]], bool],
+        see: Callable[[Block[Item]], None] = lambda block: None,
+    ) -> Iterator[None]:
+        """Does this process's share, a block a turn; `see` is told of every block of the input."""
+        asked: deque[Block[Item]] = deque()
+
+        def share() -> Iterator[Block[Item]]:
+            for block in blocks(items, self._size, start):
+                see(block)
+                if self._mine(block) and not self._has(block, whole):
+                    asked.append(block)
+                    yield block
+
+        for result in work(share()):  # in a job that computes, share() is asked by another thread
+            block = asked.popleft()
+            watchdog.beat(f"record {block.first + len(block.items)}")
+            if self._count == 1:
+                self._held[block.first] = result
+            else:
+                write_atomic(self.path(block, ".json"), json.dumps(result).encode())
+            yield
+
+    def _mine(self, block: Block[Item]) -> bool:
+        return block.first // self._size % self._count == self._index
 
     def _has(self, block: Block[Item], whole: Callable[[Block[Item]], bool]) -> bool:
         return block.first in self._held or (self.path(block, ".json").is_file() and whole(block))

@@ -11,6 +11,7 @@ import numpy as np
 from safetensors.numpy import save as tensors_to_bytes
 
 from multitap_jax.data.processing import Contract
+from multitap_jax.data.seen import Seen, to_arrays
 from multitap_jax.families import abstract_backbone
 from multitap_jax.files import file_hash, json_bytes, new_folder
 from multitap_jax.reward import RewardHead, RewardModel
@@ -56,6 +57,7 @@ class Contents:
       overall: the target the reward head was trained on.
       source, revision: the backbone's origin, for people.
       provenance: anything JSON.
+      seen: the records that weights and heads have seen (`data/seen.py`), by who has.
     """
 
     head: RewardHead
@@ -68,6 +70,7 @@ class Contents:
     source: str = ""
     revision: str = ""
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    seen: Mapping[str, Seen] = dataclasses.field(default_factory=dict)
 
 
 def write_artefact(
@@ -93,7 +96,7 @@ def write_artefact(
     """
     config = read_config_json(contents.config)
     objectives = checked_objectives(contents.ridge, contents.objectives)
-    heads = tensors_to_bytes(head_arrays(contents.head, contents.ridge))
+    heads = tensors_to_bytes(head_arrays(contents.head, contents.ridge) | to_arrays(contents.seen))
     with new_folder(folder, replaceable=lambda old: overwrite and (old / MANIFEST).is_file()) as new:
         write_weights(new)
         (new / CONFIG).write_bytes(json_bytes(config))

@@ -5,15 +5,15 @@
     scores.overall      # float32[2], 0 to 1
     scores.objectives   # float32[2, T], in the units of the ratings; columns are scores.names
 
-Windows of pairs are decoded and packed by a thread while the device computes; results find their pair by the index
-that each batch carries, so nothing depends on how pairs were put together.
+Windows of pairs are decoded and packed by a thread while the device computes, also across the lists of a stream;
+results find their pair by the index that each batch carries, so nothing depends on how pairs were put together.
 """
 
 import dataclasses
 import functools
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,16 @@ import scipy.special
 from multitap_jax.backbones import Execution
 from multitap_jax.batch import PackedBatch
 from multitap_jax.data.processing import Processing
+from multitap_jax.data.seen import Seen
 from multitap_jax.data.stream import Pair, StreamPacker
+from multitap_jax.parallel import watchdog
 from multitap_jax.parallel.mesh import batch_shards, param_shardings, replicated, shard_batch
 from multitap_jax.reward import RewardModel
 from multitap_jax.scoring.artefact import Artefact
+from multitap_jax.scoring.occupancy import Occupancy
 from multitap_jax.scoring.pairs import Source, make_pairs
 from multitap_jax.scoring.progress import progress_bar
+from multitap_jax.scoring.quantize import WEIGHTS, quantize
 from multitap_jax.scoring.readahead import read_ahead
 from multitap_jax.scoring.results import Embeddings, Ranking, Results, Scores
 from multitap_jax.stage1.step import forward as run_cells
@@ -38,19 +42,20 @@ from multitap_jax.stage1.step import join_cells, split_cells
 from multitap_jax.stage2.head import RidgeHead
 from multitap_jax.weights.sources import locate
 
-IN_FLIGHT = 2  # batches on the device before the host waits for the first
+IN_FLIGHT = 3  # batches on the device before the host waits for the first
 WINDOW = 256  # pairs whose pictures are in memory at once
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 class Scorer:
-    """A loaded model that scores pairs. Calls from several threads take turns.
+    """A loaded model that scores pairs. Calls may come from several threads.
 
     Args:
       artefact: where the model came from.
       model: backbone and reward head.
       ridge: heads of the objectives, if any.
       dtype: "float32" (scores repeat to 1e-5 in any batch) or "bfloat16" (faster).
+      weights: "full" (as `dtype` says) or "int8", rounded as `quantize.py` says: half the memory of bfloat16.
       batch_tokens: about how many tokens a batch holds; bounds device memory.
       max_length: longest pair in tokens, image tokens included.
       truncate: cut the tail of longer texts, where a call does not say otherwise.
@@ -71,6 +76,7 @@ class Scorer:
         ridge: RidgeHead | None = None,
         *,
         dtype: str = "float32",
+        weights: str = "full",
         batch_tokens: int = 16384,
         max_length: int = 2048,
         truncate: bool = False,
@@ -80,9 +86,14 @@ class Scorer:
     ):
         if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r}: expected {' or '.join(DTYPES)}")
+        if weights not in WEIGHTS:
+            raise ValueError(f"weights {weights!r}: expected {' or '.join(WEIGHTS)}")
+        model = quantize(model) if weights == "int8" else model
         self.artefact, self.truncate, self._dtype = artefact, truncate, dtype
         self.names = tuple(objective.name for objective in artefact.manifest.objectives)
         self.settings: dict[str, Any] = {"dtype": dtype, "max_length": max_length}
+        if weights != "full":  # jobs begun before there was a choice have no entry
+            self.settings["weights"] = weights
         processing = Processing.from_folder(artefact.folder, artefact.manifest.contract)
         hidden = artefact.hidden_size
         self._packer = StreamPacker(
@@ -100,7 +111,7 @@ class Scorer:
         self._weights = jax.device_put((model, *(np.asarray(head, np.float32) for head in heads)), shardings)
         self._mesh = mesh
         self._execution = Execution(dtype=dtype, attention=attention, mesh=mesh)
-        self._lock = threading.Lock()
+        self._packing = threading.Lock()
 
     @classmethod
     def from_pretrained(
@@ -129,13 +140,14 @@ class Scorer:
 
     @property
     def trained_on(self) -> dict[str, Any]:
-        """The human score that the overall score stands for: `target`, and the `target_range` mapped to 0 and 1; and
-        `records`, the files it was learned from, as the run named them."""
-        manifest = self.artefact.manifest
-        overall, data = manifest.overall, manifest.provenance.get("config", {}).get("data", {})
-        names = ",".join(filter(None, (data.get("train"), data.get("balanced"))))
-        records = {"records": names} if names else {}
-        return {"target": overall.target, "target_range": list(overall.target_range), **records}
+        """The human score that the overall score stands for: `target`, and the `target_range` mapped to 0 and 1."""
+        overall = self.artefact.manifest.overall
+        return {"target": overall.target, "target_range": list(overall.target_range)}
+
+    @property
+    def seen(self) -> dict[str, Seen]:
+        """The records that weights and heads have seen, as far as it was noted (`data/seen.py`)."""
+        return self.artefact.seen()
 
     @property
     def conditions(self) -> dict[str, str]:
@@ -144,6 +156,11 @@ class Scorer:
         manifest = self.artefact.manifest
         rule = manifest.ridge["criterion"] if manifest.ridge else "no ridge heads"
         return {**dataclasses.asdict(manifest.contract), "alpha_rule": str(rule), "references": "none seen"}
+
+    @property
+    def model(self) -> RewardModel:
+        """Backbone and reward head as they lie on the devices."""
+        return self._weights[0]
 
     @property
     def hidden_size(self) -> int:
@@ -182,7 +199,19 @@ class Scorer:
             stands in its place in `errors`.
         """
         pairs = make_pairs(images, texts, requests)
-        found = self._run(pairs, False, batch_size, show_progress, truncate)
+        return self._scores(self._run(pairs, False, batch_size, show_progress, truncate))
+
+    def score_stream(
+        self, lists: Iterable[Sequence[Pair]], *, truncate: bool | None = None, occupancy: Occupancy | None = None
+    ) -> Iterator[Scores]:
+        """Scores of each list of pairs, in order, of as many as there are: the next are made ready meanwhile.
+
+        `lists` is asked from another thread, a few batches ahead; `occupancy` learns of each batch. For the rest, see
+        `score`.
+        """
+        return (self._scores(found) for found in self._stream(lists, False, truncate, occupancy=occupancy))
+
+    def _scores(self, found: Results) -> Scores:
         return Scores(
             overall=scipy.special.expit(found.logits),
             logits=found.logits,
@@ -205,15 +234,13 @@ class Scorer:
     ) -> Embeddings:
         """Hidden states at the judged token, `values` float32[N, H]: features of stage 2. Arguments: see `score`."""
         pairs = make_pairs(images, texts, requests)
-        found = self._run(pairs, True, batch_size, show_progress, truncate)
-        return Embeddings(
-            values=found.embeddings,
-            logits=found.logits,
-            n_tokens=found.n_tokens,
-            truncated=found.truncated,
-            errors=found.errors,
-            pictures=found.pictures,
-        )
+        return _embeddings(self._run(pairs, True, batch_size, show_progress, truncate))
+
+    def embed_stream(
+        self, lists: Iterable[Sequence[Pair]], *, occupancy: Occupancy | None = None
+    ) -> Iterator[Embeddings]:
+        """As `score_stream`, with hidden states."""
+        return (_embeddings(found) for found in self._stream(lists, True, None, occupancy=occupancy))
 
     def rank(self, *, text: str, images: Sequence[Source], request: str | None = None) -> Ranking:
         """Orders images by how well one text fits them."""
@@ -225,33 +252,69 @@ class Scorer:
     ) -> Results:
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size = {batch_size}: at least 1 pair")
-        results = Results.empty(len(pairs), len(self.names), self.artefact.hidden_size if embeddings else 0)
-        with self._lock, progress_bar(len(pairs), enabled=show_progress) as advance:
-            self._packer.truncate = self.truncate if truncate is None else truncate
-            pending: deque[tuple[np.ndarray, Any]] = deque()
-            for batch, index in read_ahead(self._batches(pairs, batch_size or WINDOW, results)):
-                pending.append((index, self._compute(batch, embeddings)))
-                if len(pending) > IN_FLIGHT:
-                    advance(results.collect(*pending.popleft()))
-            while pending:
-                advance(results.collect(*pending.popleft()))
-        results.refuse_non_finite(self._dtype)
+        with progress_bar(len(pairs), enabled=show_progress) as advance:
+            (results,) = self._stream([pairs], embeddings, truncate, batch_size or WINDOW, advance)
         return results
 
-    def _batches(
-        self, pairs: Sequence[Pair], window: int, results: Results
-    ) -> Iterator[tuple[PackedBatch, np.ndarray]]:
-        """Packed batches with the index int32[B, K] of the pair behind each of their texts, -1 for none."""
-        for start in range(0, len(pairs), window):
-            found = self._packer.window(pairs[start : start + window])
-            results.note(start, found)
-            for batch in found.batches:
-                yield batch, np.where(batch.record >= 0, batch.record + start, -1)
+    def _stream(
+        self,
+        lists: Iterable[Sequence[Pair]],
+        embeddings: bool,
+        truncate: bool | None,
+        window: int = WINDOW,
+        advance: Callable[[int], None] = lambda pairs: watchdog.beat("scoring"),
+        occupancy: Occupancy | None = None,
+    ) -> Iterator[Results]:
+        """The results of each list, whole: a list's end goes through the queue behind its last batch."""
+        pending: deque[tuple[Results, np.ndarray | None, Any]] = deque()
 
-    def _compute(self, batch: PackedBatch, embeddings: bool) -> Any:
+        def settle() -> Iterator[Results]:
+            results, index, computed = pending.popleft()
+            if index is not None:
+                advance(results.collect(index, computed))
+            else:
+                results.refuse_non_finite(self._dtype)
+                yield results
+
+        for results, batch, index in read_ahead(self._batches(lists, embeddings, truncate, window)):
+            pending.append((results, index, None if batch is None else self._compute(batch, embeddings, occupancy)))
+            while len(pending) > IN_FLIGHT:
+                yield from settle()
+        while pending:
+            yield from settle()
+
+    def _batches(
+        self, lists: Iterable[Sequence[Pair]], embeddings: bool, truncate: bool | None, window: int
+    ) -> Iterator[tuple[Results, PackedBatch | None, np.ndarray | None]]:
+        """Packed batches with the index int32[B, K] of the pair behind each of their texts, -1 for none; two Nones
+        after the last batch of a list."""
+        truncate = self.truncate if truncate is None else truncate
+        for pairs in lists:
+            results = Results.empty(len(pairs), len(self.names), self.artefact.hidden_size if embeddings else 0)
+            for start in range(0, len(pairs), window):
+                with self._packing:
+                    found = self._packer.window(pairs[start : start + window], truncate=truncate)
+                results.note(start, found)
+                for batch in found.batches:
+                    yield results, batch, np.where(batch.record >= 0, batch.record + start, -1)
+            yield results, None, None
+
+    def _compute(self, batch: PackedBatch, embeddings: bool, occupancy: Occupancy | None) -> Any:
         """Starts a batch; the arrays that come back are not yet computed."""
         placed = jax.device_put(batch) if self._mesh is None else shard_batch(batch, self._mesh)
-        return forward(*self._weights, placed, execution=self._execution, keep_embeddings=embeddings)
+        start = lambda: forward(*self._weights, placed, execution=self._execution, keep_embeddings=embeddings)
+        return start() if occupancy is None else occupancy.watch(start, (batch.tokens.shape, batch.patches.shape))
+
+
+def _embeddings(found: Results) -> Embeddings:
+    return Embeddings(
+        values=found.embeddings,
+        logits=found.logits,
+        n_tokens=found.n_tokens,
+        truncated=found.truncated,
+        errors=found.errors,
+        pictures=found.pictures,
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("execution", "keep_embeddings"))

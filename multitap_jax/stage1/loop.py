@@ -103,10 +103,12 @@ class Loop:
                 self.display.say(f"stopped by SIGTERM after step {step} of {total}, which is being saved")
             if stop or done:
                 return step, state
-            batch = next(batches)
-            self.check(step)
-            self.profile.before(step)
-            with self.recorder.paused() if step == start else contextlib.nullcontext():  # the first call compiles
+            first = self.recorder.paused() if step == start else contextlib.nullcontext()  # threads start; it compiles
+            with first:
+                with self.recorder.waiting():
+                    batch = next(batches)
+                self.check(step)
+                self.profile.before(step)
                 placed = shard_batch(batch, self.mesh)
                 state, metrics = self.train_step(state, self.frozen, placed, *self.beside(step))
             self.recorder.add(step, metrics, np.asarray(batch.record), self.count(batch))

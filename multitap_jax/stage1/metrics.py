@@ -111,14 +111,22 @@ class Recorder:
     def _restart(self) -> None:
         self._steps: list[dict[str, float]] = []
         self._work: list[Work] = []
-        self._start = self._clock()
+        self._start, self._waited = self._clock(), 0.0
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """A context whose time the rates leave out: compilation, evaluation."""
-        begin = self._clock()
+        begin, waited = self._clock(), self._waited
         yield
         self._start += self._clock() - begin
+        self._waited = waited
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A context in which the loop waits for its next batch; while a step is computed, that costs nothing yet."""
+        begin = self._clock()
+        yield
+        self._waited += self._clock() - begin
 
     def add(self, index: int, metrics: dict[str, jax.Array], record: np.ndarray, work: Work) -> None:
         """Takes step `index` (from 0) and settles the one before."""
@@ -170,6 +178,8 @@ class Recorder:
     def line(self) -> dict[str, Any]:
         """Averages over the steps since the last line (settled first), rates, and a fresh start.
 
+        `data_wait` is the share of the time in which the loop waited for a batch: an upper bound of the share in which
+        the device had no work, since it may still have been at the step before.
         Loss and mean score are None where nothing of these steps counted.
         """
         self.settle()
@@ -187,6 +197,7 @@ class Recorder:
             "pairs_per_second": pairs / seconds,
             "tokens_per_second": tokens / seconds,
             "packing_efficiency": tokens / max(padded, 1),
+            "data_wait": min(self._waited / seconds, 1.0),
             "mfu": None if flops is None else mfu(flops, seconds, self._devices, self._peak),
         }
         self._restart()

@@ -11,6 +11,8 @@ from rich.table import Table
 
 from multitap_jax.stage1.metrics import MetricsLog
 
+TELL_FROM = 0.05  # share of the time spent waiting for data that is worth a word
+
 
 class Display:
     """A context that shows progress on standard error; silent where not `enabled`.
@@ -70,9 +72,11 @@ def describe(line: Mapping[str, Any]) -> str:
     """A log line in words and units."""
     used = "n/a" if line["mfu"] is None else f"{line['mfu']:.1%}"
     loss = "n/a (no pair counted)" if line["loss"] is None else f"{line['loss']:.5f}"
+    waits = line["data_wait"]
+    host = f"  waits for data {waits:.0%} of the time" if waits >= TELL_FROM else ""
     return (
         f"loss {loss}  {_three(line['seconds_per_step'])} s/step  {_three(line['pairs_per_second'])} pairs/s  "
-        f"{line['tokens_per_second']:,.0f} tokens/s  packing {line['packing_efficiency']:.0%}  MFU {used}"
+        f"{line['tokens_per_second']:,.0f} tokens/s  packing {line['packing_efficiency']:.0%}  MFU {used}{host}"
     )
 
 

@@ -10,13 +10,15 @@ from typing import Any
 import jax
 from flax import nnx
 from rich.console import Console
+from rich.markup import escape
 
 from multitap_jax.config import COMPARING, ConfigError, TrainConfig, dotted
 from multitap_jax.data.decode import ImageError
 from multitap_jax.data.pipeline import PackedDataset
-from multitap_jax.data.prepare import prepare
+from multitap_jax.data.prepare import Prepared, prepare
 from multitap_jax.data.processing import Contract, Processing
 from multitap_jax.data.records import Record, Rejected, iter_records, split_by_group
+from multitap_jax.data.seen import TRAINED, Seen, told
 from multitap_jax.data.tables import REJECTED_NAME, find_records_file
 from multitap_jax.families import read_config
 from multitap_jax.files import sole_writer
@@ -34,7 +36,7 @@ from multitap_jax.stage1.rejects import FLAGS, Rejects
 from multitap_jax.stage1.train import CHECKPOINTS, TrainResult, train
 from multitap_jax.stage1.trainable import add_lora, merge_lora
 from multitap_jax.weights.hub import load_backbone
-from multitap_jax.weights.sources import locate
+from multitap_jax.weights.sources import Source, locate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,10 +85,15 @@ def _run(config: TrainConfig, workdir: Path, console: Console) -> RunResult:
     )
     train_records, held_out, origins = _records(config, rejects)
     model = _model(config, base, mesh)
-    hidden = model.backbone.config.text.hidden_size
-    common = config, processing, hidden, rejects, mesh
-    dataset = _dataset(*common, train_records, origins[0], config.accumulation)
-    evaluation = _dataset(*common, held_out, origins[1], held_out=True) if held_out else None
+    common = config, processing, rejects, model.backbone.config.text.hidden_size, mesh
+    prepared = _prepared(config, processing, rejects, train_records, origins[0])
+    dataset, seen = _dataset(*common, prepared, origins[0], config.accumulation), Seen.of(prepared.prints)
+    evaluation = None
+    if held_out:
+        prepared = _prepared(config, processing, rejects, held_out, origins[1], held_out=True)
+        for sentence in told({TRAINED: seen}, prepared.ids, prepared.prints):
+            console.print(f"[bold]held-out pairs:[/] {escape(sentence)}")
+        evaluation = _dataset(*common, prepared, origins[1], held_out=True)
     console.print(
         f"{len(train_records)} training and {len(held_out)} held-out pairs, {len(rejects)} rejected; "
         f"{dataset.num_steps} steps of {config.batch_size} pairs, each packed into {dataset.shape}; "
@@ -109,19 +116,35 @@ def _run(config: TrainConfig, workdir: Path, console: Console) -> RunResult:
     if from_main(_finished_before(workdir / "artefact", result, origin)):
         console.print(f"{workdir / 'artefact'} is from this run and stays as it is")
         return RunResult(result, Artefact.open(workdir / "artefact"))
-    artefact = Artefact.save(
-        workdir / "artefact",
+    artefact = _saved(config, workdir / "artefact", checkpoint, processing.contract, result, origin, seen)
+    console.print(f"saved {artefact.folder}")
+    return RunResult(result, artefact)
+
+
+def _saved(
+    config: TrainConfig,
+    folder: Path,
+    checkpoint: Source,
+    contract: Contract,
+    result: TrainResult,
+    origin: dict[str, Any],
+    seen: Seen,
+) -> Artefact:
+    """The artefact of a run; where it began with an artefact, its model has seen the records of that one, too."""
+    base = checkpoint.folder
+    before = Artefact.open(base).seen().get(TRAINED) if (base / MANIFEST).is_file() else None
+    return Artefact.save(
+        folder,
         merge_lora(result.model),
         base=base,
-        contract=processing.contract,
+        contract=contract,
         overall=Overall(target=config.data.target, target_range=config.data.target_range),
         source=checkpoint.name,
         revision=checkpoint.revision,
         provenance=origin,
+        seen={TRAINED: seen if before is None else before | seen},
         overwrite=True,
     )
-    console.print(f"saved {artefact.folder}")
-    return RunResult(result, artefact)
 
 
 def _finished_before(folder: Path, result: TrainResult, origin: dict[str, Any]) -> bool:
@@ -166,18 +189,16 @@ def _records(config: TrainConfig, rejects: Rejects) -> tuple[list[Record], list[
     return *split_by_group(records, config.data.holdout, config.seed), (origin, origin)
 
 
-def _dataset(
+def _prepared(
     config: TrainConfig,
     processing: Processing,
-    hidden: int,
     rejects: Rejects,
-    mesh: jax.sharding.Mesh,
     records: list[Record],
     origin: Origin,
-    accumulation: int = 1,
     *,
     held_out: bool = False,
-) -> PackedDataset:
+) -> Prepared:
+    """Encoded pairs; what is wrong with a record is found here."""
     files = -(-len({path for record in records for path in record.images}) // jax.process_count())  # of this process
     label = f"checking {'held-out' if held_out else 'training'} pictures"
     with progress_bar(files, enabled=is_main_process(), label=label, unit="pictures") as advance:
@@ -193,6 +214,21 @@ def _dataset(
         )
     rejects.add_from(origin, prepared.rejected)
     rejects.judge()
+    return prepared
+
+
+def _dataset(
+    config: TrainConfig,
+    processing: Processing,
+    rejects: Rejects,
+    hidden: int,
+    mesh: jax.sharding.Mesh,
+    prepared: Prepared,
+    origin: Origin,
+    accumulation: int = 1,
+    *,
+    held_out: bool = False,
+) -> PackedDataset:
     own = own_shards(mesh)
     shared = len(own) * jax.process_count() > batch_shards(mesh)
 

@@ -1,13 +1,13 @@
 """Which parameters learn, and low-rank adapters (LoRA, arXiv 2106.09685)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from multitap_jax.backbones.layers import Linear, matmul_precision, param
+from multitap_jax.backbones.layers import Linear, linears, matmul_precision, param
 from multitap_jax.config import ConfigError, TrainableConfig
 from multitap_jax.reward import RewardModel
 
@@ -51,7 +51,7 @@ def partition(model: RewardModel, parts: str) -> Partition:
     if parts not in _LEARNS:
         raise ConfigError(f"config.trainable.parts = {parts!r}: expected one of {', '.join(_LEARNS)}")
     graph, trainable, frozen = nnx.split(model, lambda path, _: _LEARNS[parts](path), ...)  # type: ignore[misc]
-    if parts == "lora" and not any(linear.lora_a is not None for _, linear in _linears(model)):
+    if parts == "lora" and not any(linear.lora_a is not None for _, linear in linears(model)):
         raise ConfigError("config.trainable.parts = 'lora', but the model has no adapters; call add_lora(model) first")
     return Partition(graph, trainable, frozen, model.backbone.config.block)
 
@@ -65,7 +65,7 @@ def add_lora(model: nnx.Module, config: TrainableConfig, rngs: nnx.Rngs) -> None
     Raises:
       ConfigError: a target that names no module (the message lists the modules there are).
     """
-    modules = dict(_linears(model))
+    modules = dict(linears(model))
     chosen: dict[str, Linear] = {}
     for target in config.lora_targets:
         found = {name: module for name, module in modules.items() if f".{name}".endswith(f".{target}")}
@@ -88,7 +88,7 @@ def add_lora(model: nnx.Module, config: TrainableConfig, rngs: nnx.Rngs) -> None
 
 def merge_lora(model: RewardModel) -> RewardModel:
     """Folds adapters into their kernels and removes them, in place; returns the model (unchanged if it has none)."""
-    for _, linear in _linears(model):
+    for _, linear in linears(model):
         if linear.lora_a is None or linear.lora_b is None:
             continue
         a, b = linear.lora_a[...].astype(jnp.float32), linear.lora_b[...].astype(jnp.float32)
@@ -97,9 +97,3 @@ def merge_lora(model: RewardModel) -> RewardModel:
         linear.kernel[...] = (kernel.astype(jnp.float32) + low * jnp.float32(linear.lora_scale)).astype(kernel.dtype)
         linear.lora_a = linear.lora_b = linear.lora_scale = None
     return model
-
-
-def _linears(model: nnx.Module) -> Iterator[tuple[str, Linear]]:
-    for path, module in nnx.iter_modules(model):
-        if isinstance(module, Linear):
-            yield ".".join(map(str, path)), module

@@ -3,9 +3,10 @@
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,14 +23,17 @@ from multitap_jax.data.records import (
     read_rejected,
     write_rejected,
 )
+from multitap_jax.data.seen import FITTED, Print, Seen, print_of, to_bytes
+from multitap_jax.data.stream import Pair
 from multitap_jax.data.tables import find_records_file
-from multitap_jax.files import canonical_hash, file_hash, sole_writer
+from multitap_jax.files import canonical_hash, file_hash, sole_writer, write_atomic
 from multitap_jax.parallel.distributed import divided, from_main, is_main_process
 from multitap_jax.scoring.journal import input_fingerprint
-from multitap_jax.scoring.parts import Block, Parts
+from multitap_jax.scoring.occupancy import Occupancy
+from multitap_jax.scoring.parts import Block, Parts, Work
 from multitap_jax.scoring.progress import progress_bar
 from multitap_jax.scoring.scorer import Scorer
-from multitap_jax.stage2.store import EmbeddingStore
+from multitap_jax.stage2.store import SEEN, EmbeddingStore
 from multitap_jax.stage2.store_writer import EmbeddingWriter
 
 WINDOW = 1024
@@ -39,13 +43,17 @@ PARTS = ".parts"
 
 
 class Embedded(NamedTuple):
-    """A window's usable records: embeddings float32[n, H], ratings float32[n, T] (NaN where missing), and the rest."""
+    """A window's usable records: embeddings float32[n, H], ratings float32[n, T] (NaN where missing), and the rest.
+
+    `prints` are those of the records with a rating (`Linked.print_of`).
+    """
 
     ids: list[str]
     embeddings: np.ndarray
     labels: np.ndarray
     groups: list[str]
     rejected: list[Rejected]
+    prints: list[Print]
 
 
 @dataclass(frozen=True)
@@ -55,9 +63,11 @@ class EmbedSummary:
     rows: int
     rejected: int
     folder: Path
+    idle: float | None = None  # share of the time in which this process's device waited for the host
 
     def __str__(self) -> str:
-        return f"{self.rows:,} embeddings in {self.folder}; {self.rejected:,} records rejected"
+        waited = "" if self.idle is None else f"; the device waited {self.idle:.0%} of the time for the host"
+        return f"{self.rows:,} embeddings in {self.folder}; {self.rejected:,} records rejected{waited}"
 
 
 def scan(path: str | Path, *, allow_outside_root: bool = False) -> tuple[int, tuple[str, ...]]:
@@ -71,9 +81,31 @@ def scan(path: str | Path, *, allow_outside_root: bool = False) -> tuple[int, tu
     return lines, tuple(names)
 
 
+class Linked:
+    """The groups and the pictures of a records file; `linked(record)` is the group of one of its records.
+
+    Args:
+      links: of the labels of all records.
+      pictures: label of each picture's file: "image:" and half of its sha256, or "unreadable:" and its name.
+    """
+
+    def __init__(self, links: Links, pictures: Mapping[Path, str]):
+        self._links, self._pictures = links, pictures
+
+    def __call__(self, record: Record) -> str:
+        return self._links.root(_labels(record, self._pictures)[0])
+
+    def print_of(self, record: Record) -> Print | None:
+        """What a record that a head is fitted on is known by; None for one that has no rating."""
+        if all(value is None for value in record.ratings.values()):
+            return None
+        labels = [self._pictures[file].partition(":") for file in record.images]
+        return print_of(record, [name if kind == "image" else None for kind, _, name in labels])
+
+
 def link_records(
     path: str | Path, *, allow_outside_root: bool = False, advance: Callable[[int], None] = lambda lines: None
-) -> Callable[[Record], str]:
+) -> Linked:
     """Reads all records and pictures of a file once; the result names the group of each of its records. Collective.
 
     Records with a common `group` or picture, directly or over others, have one group and stand in one cross-validation
@@ -96,7 +128,7 @@ def link_records(
             for record in records:
                 links.link(_labels(record, pictures))
             advance(len(window))
-    return lambda record: links.root(_labels(record, pictures)[0])
+    return Linked(links, pictures)
 
 
 def _labels(record: Record, pictures: Mapping[Path, str]) -> list[str]:
@@ -112,22 +144,26 @@ def _picture_label(file: Path) -> str:
 
 def embed_stream(
     scorer: Scorer,
-    items: Iterator[Record | Rejected],
+    lists: Iterable[Sequence[Record | Rejected]],
     objectives: tuple[str, ...],
-    group_of: Callable[[Record], str],
+    linked: Linked,
+    occupancy: Occupancy | None = None,
 ) -> Iterator[Embedded]:
-    """Embeds records window by window, in order; those that cannot be embedded come back as rejected.
+    """Embeds list by list, in order; records that cannot be embedded come back as rejected.
 
-    `group_of` comes from `link_records`.
+    `linked` comes from `link_records`; `lists` and `occupancy` are as in `Scorer.embed_stream`.
     """
-    while window := list(islice(items, WINDOW)):
-        records = [item for item in window if isinstance(item, Record)]
-        rejected = [item for item in window if isinstance(item, Rejected)]
-        found = scorer.embed(
-            images=[list(r.images) for r in records],
-            texts=[r.text for r in records],
-            requests=[r.request for r in records],
-        )
+    asked: deque[Sequence[Record | Rejected]] = deque()
+
+    def pairs() -> Iterator[list[Pair]]:
+        for items in lists:
+            asked.append(items)
+            yield [Pair(item.images, item.text, item.request) for item in items if isinstance(item, Record)]
+
+    for found in scorer.embed_stream(pairs(), occupancy=occupancy):
+        items = asked.popleft()
+        records = [item for item in items if isinstance(item, Record)]
+        rejected = [item for item in items if isinstance(item, Rejected)]
         good = [i for i, error in enumerate(found.errors) if error is None]
         rejected += [Rejected(records[i].line, records[i].id, e) for i, e in enumerate(found.errors) if e is not None]
         ratings = [[records[i].ratings.get(name) for name in objectives] for i in good]
@@ -136,8 +172,9 @@ def embed_stream(
             [records[i].id for i in good],
             found.values[good],
             np.asarray(labels, np.float32).reshape(len(good), len(objectives)),
-            [group_of(records[i]) for i in good],
+            [linked(records[i]) for i in good],
             sorted(rejected, key=lambda r: r.line),
+            [one for i in good if (one := linked.print_of(records[i])) is not None],
         )
 
 
@@ -191,7 +228,7 @@ def embed_records(
     rejected = [Rejected(**item) for item in found]
     # After the last shard is on disk: what was computed stays, whatever the verdict.
     check_rejected_share(file, rows, rejected, max_rejected)
-    return EmbedSummary(rows, len(rejected), folder)
+    return EmbedSummary(rows, len(rejected), folder, job.occupancy.close().idle_share)
 
 
 @dataclass
@@ -205,6 +242,7 @@ class _Job:
     objectives: tuple[str, ...]
     allow_outside_root: bool
     parts: Parts[Record | Rejected]
+    occupancy: Occupancy = field(default_factory=Occupancy)
 
     def lead(
         self, progress: Callable[..., Any], judge: Callable[[int, list[Rejected]], None]
@@ -221,7 +259,8 @@ class _Job:
             done = _skip_to(items, last)
             rejected = [r for r in rejected if r.line <= done.line]
             self.parts.begin(done.items)
-            work = self._work(writer, progress)
+            linked = self._linked(progress)
+            work = self._work(writer, linked)
             with progress(done.items, label="embedding") as advance:
                 for block, result in self.parts.in_order(items, done.items, work, self._whole):
                     if result["rejected"]:
@@ -232,34 +271,45 @@ class _Job:
                     if writer.rows_done + len(rejected) >= JUDGED_FROM:
                         judge(writer.rows_done, rejected)
             write_rejected(self.folder / REJECTED, rejected)
+            write_atomic(self.folder / SEEN, to_bytes({FITTED: self._seen(linked, rejected)}))
         return writer.rows_done, rejected
 
     def follow(self, start: int, progress: Callable[..., Any]) -> None:
         """Does the share of another process than the first."""
         writer = EmbeddingWriter.open_or_resume(self.folder, **self.settings)
-        self.parts.follow(islice(self._items(), start, None), start, self._work(writer, progress), self._whole)
+        work = self._work(writer, self._linked(progress))
+        self.parts.follow(islice(self._items(), start, None), start, work, self._whole)
 
     def _items(self) -> Iterator[Record | Rejected]:
         return iter_records(self.file, allow_outside_root=self.allow_outside_root)
 
-    def _work(
-        self, writer: EmbeddingWriter, progress: Callable[..., Any]
-    ) -> Callable[[Block[Record | Rejected]], dict[str, Any]]:
-        """What makes a shard of a block; collective, for all processes learn of all pictures."""
+    def _linked(self, progress: Callable[..., Any]) -> Linked:
+        """Collective, for all processes learn of all pictures."""
         with progress(label="linking records", unit="records") as advance:
-            group_of = link_records(self.file, allow_outside_root=self.allow_outside_root, advance=advance)
+            return link_records(self.file, allow_outside_root=self.allow_outside_root, advance=advance)
+
+    def _seen(self, linked: Linked, rejected: Sequence[Rejected]) -> Seen:
+        """What a head fitted on the store will have seen."""
+        lost = {item.line for item in rejected}
+        stored = (item for item in self._items() if isinstance(item, Record) and item.line not in lost)
+        return Seen.of(one for record in stored if (one := linked.print_of(record)) is not None)
+
+    def _work(self, writer: EmbeddingWriter, linked: Linked) -> Work[Record | Rejected]:
+        """What makes shards of blocks."""
         self.parts.folder.mkdir(exist_ok=True)
 
-        def work(block: Block[Record | Rejected]) -> dict[str, Any]:
-            found = list(embed_stream(self.scorer, iter(block.items), self.objectives, group_of))
-            shard = writer.write_apart(
-                str(self._shard(block).relative_to(self.folder)),
-                [name for part in found for name in part.ids],
-                np.concatenate([part.embeddings for part in found]),
-                np.concatenate([part.labels for part in found]),
-                [group for part in found for group in part.groups],
-            )
-            return {"shard": shard, "rejected": [asdict(item) for part in found for item in part.rejected]}
+        def work(blocks: Iterable[Block[Record | Rejected]]) -> Iterator[dict[str, Any]]:
+            asked: deque[Block[Record | Rejected]] = deque()
+
+            def lists() -> Iterator[list[Record | Rejected]]:
+                for block in blocks:
+                    asked.append(block)
+                    yield block.items
+
+            for part in embed_stream(self.scorer, lists(), self.objectives, linked, self.occupancy):
+                path = str(self._shard(asked.popleft()).relative_to(self.folder))
+                shard = writer.write_apart(path, part.ids, part.embeddings, part.labels, part.groups)
+                yield {"shard": shard, "rejected": [asdict(item) for item in part.rejected]}
 
         return work
 

@@ -1,6 +1,8 @@
 """Fits ridge heads for all objectives and saves them in an artefact."""
 
+import functools
 import json
+import operator
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +12,7 @@ import numpy as np
 from rich.console import Console
 
 from multitap_jax.data.records import Rejected, check_rejected_share, iter_records
+from multitap_jax.data.seen import FITTED, Print, Seen, from_bytes, to_bytes
 from multitap_jax.data.tables import find_records_file
 from multitap_jax.parallel.distributed import barrier, from_each_process, is_main_process
 from multitap_jax.scoring.artefact import Artefact
@@ -96,7 +99,7 @@ def fit_store(head: RidgeHead, embeddings: str | Path, checkpoint: str | Path) -
     for _, labels, _ in store.batches():
         ranges.update(labels)
     head.fit_store(store, mesh=_mesh())
-    return _save(head, artefact, ranges)
+    return _save(head, artefact, ranges, store.seen)
 
 
 def fit_records(
@@ -116,17 +119,19 @@ def fit_records(
     lines, names = scan(file, allow_outside_root=allow_outside_root)
     _check_rated(names, file)
     with progress_bar(lines, enabled=show_progress, label="linking records", unit="records") as advance:
-        group_of = link_records(file, allow_outside_root=allow_outside_root, advance=advance)
+        linked = link_records(file, allow_outside_root=allow_outside_root, advance=advance)
     ranges, rejected, rows = Ranges(names), [], 0
+    prints: list[Print] = []
 
     def parts(advance):
         nonlocal rows
         index, count = jax.process_index(), jax.process_count()
         every = blocks(iter_records(file, allow_outside_root=allow_outside_root), WINDOW)
-        records = (item for number, block in enumerate(every) if number % count == index for item in block.items)
-        for part in embed_stream(scorer, records, names, group_of):
+        mine = (block.items for number, block in enumerate(every) if number % count == index)
+        for part in embed_stream(scorer, mine, names, linked):
             advance(len(part.ids) + len(part.rejected))
             rejected.extend(part.rejected)
+            prints.extend(part.prints)
             rows += len(part.ids)
             ranges.update(part.labels)
             yield part.embeddings, part.labels, part.groups
@@ -136,7 +141,8 @@ def fit_records(
     found = [json.loads(part) for part in from_each_process(json.dumps([rows, list(map(asdict, rejected))]).encode())]
     lost = [Rejected(**item) for _, items in found for item in items]
     check_rejected_share(file, sum(count for count, _ in found), sorted(lost, key=lambda r: r.line), max_rejected)
-    return _save(head, scorer.artefact, ranges)
+    seen = [from_bytes(part, file)[FITTED] for part in from_each_process(to_bytes({FITTED: Seen.of(prints)}))]
+    return _save(head, scorer.artefact, ranges, functools.reduce(operator.or_, seen))
 
 
 def _mesh() -> jax.sharding.Mesh | None:
@@ -151,10 +157,10 @@ def _check_rated(names: Sequence[str], source: str | Path) -> None:
         )
 
 
-def _save(head: RidgeHead, artefact: Artefact, ranges: Ranges) -> Artefact:
+def _save(head: RidgeHead, artefact: Artefact, ranges: Ranges, seen: Seen | None) -> Artefact:
     objectives = ranges.over_all_processes().objectives(head)
     if is_main_process():
-        artefact.add_ridge(head, objectives)
+        artefact.add_ridge(head, objectives, seen)
         Console().print(head.summary())
     barrier("heads saved")
     return Artefact.open(artefact.folder)

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from multitap_jax.data.seen import FITTED, Seen, from_bytes
 from multitap_jax.stage2.storage import open_folder
 from multitap_jax.stage2.store_format import MANIFEST, StoreError, read_manifest, shard_content, shard_ids
+
+SEEN = "seen.safetensors"  # beside the shards: by what the rated records will be known again
 
 Shard = tuple[np.ndarray, np.ndarray, list[str]]
 
@@ -63,6 +66,16 @@ class EmbeddingStore:
         for index in range(len(self._manifest.shards)):
             ids += shard_ids(self._folder, self._name(index))
         return ids
+
+    @property
+    def seen(self) -> Seen | None:
+        """What a head fitted on the rows will have seen, where `multitap embed` wrote them. Raises StoreError."""
+        if not self._folder.exists(SEEN):
+            return None
+        try:
+            return from_bytes(self._folder.read(SEEN), f"{self.folder}/{SEEN}")[FITTED]
+        except (ValueError, KeyError) as error:
+            raise StoreError(str(error)) from error
 
     def batches(
         self,

@@ -57,6 +57,9 @@ def model_flags(values: flags.FlagValues) -> None:
     """--checkpoint and how it is computed."""
     flags.DEFINE_string("checkpoint", None, "Artefact folder (what `train` writes). Required.", flag_values=values)
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Computation type.", flag_values=values)
+    flags.DEFINE_enum(
+        "weights", "full", ["full", "int8"], "int8: rounded weights, half the memory of bfloat16.", flag_values=values
+    )
     whole_number(values, "batch_tokens", 16384, "About how many tokens a batch holds.")
     whole_number(values, "max_length", 2048, "Longest pair in tokens, image tokens included.")
     flags.DEFINE_bool("truncate", False, "Cut the tail of longer texts and say so.", flag_values=values)
@@ -127,6 +130,7 @@ def load_scorer(values: flags.FlagValues) -> Any:
         batch_tokens=values.batch_tokens,
         max_length=values.max_length,
         truncate=values.truncate,
+        weights=values.weights,
     )
 
 

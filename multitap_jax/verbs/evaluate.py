@@ -66,17 +66,7 @@ def run(values: flags.FlagValues) -> int:
 def _run_benchmark(values: flags.FlagValues) -> int:
     from rich.console import Console
 
-    from multitap_jax.evaluation.benchmark import evaluate_benchmark
-
-    report = evaluate_benchmark(
-        chosen_protocol(values),
-        values.input,
-        values.scores,
-        score_field=values.score_field,
-        bootstrap_samples=values.bootstrap,
-        allow_subset=values.allow_subset,
-        allow_outside_root=values.allow_outside_root,
-    )
+    report = count(values)
     Console().print(report.table())
     print(report.words())
     if values.output:
@@ -84,13 +74,22 @@ def _run_benchmark(values: flags.FlagValues) -> int:
     return 0
 
 
-def chosen_protocol(values: flags.FlagValues) -> Any:
-    """The protocol of --benchmark. Raises ValueError where other flags say what is compared, too."""
+def count(values: flags.FlagValues) -> Any:
+    """The report of the benchmark that the flags name. Raises ValueError for flags of records of one's own."""
+    from multitap_jax.evaluation.benchmark import evaluate_benchmark
     from multitap_jax.evaluation.protocols import protocol_named
 
     if values.target or values.target_range:
         raise ValueError("--target and --target_range are for records of your own; a benchmark says what is compared")
-    return protocol_named(values.benchmark, ties=values.ties)
+    return evaluate_benchmark(
+        protocol_named(values.benchmark, ties=values.ties),
+        values.input,
+        values.scores,
+        score_field=values.score_field,
+        bootstrap_samples=values.bootstrap,
+        allow_subset=values.allow_subset,
+        allow_outside_root=values.allow_outside_root,
+    )
 
 
 def _run_records(values: flags.FlagValues) -> int:

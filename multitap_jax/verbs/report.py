@@ -35,14 +35,6 @@ def _records(values: flags.FlagValues) -> Path:
 
 
 def _benchmark(values: flags.FlagValues) -> Path:
-    from multitap_jax.evaluation.benchmark import report_of
     from multitap_jax.evaluation.page import write_benchmark
-    from multitap_jax.evaluation.protocols import Benchmark
-    from multitap_jax.evaluation.report import read_note
-    from multitap_jax.evaluation.scores import read_scores
 
-    options = {"allow_subset": values.allow_subset, "allow_outside_root": values.allow_outside_root}
-    benchmark = Benchmark.open(evaluate.chosen_protocol(values), values.input, **options)
-    scores = read_scores(values.scores, benchmark.records, values.score_field)
-    report = report_of(benchmark, scores, read_note(values.scores), values.input, values.bootstrap)
-    return write_benchmark(values.output, benchmark, scores, report, values.scores, values.input, title=values.title)
+    return write_benchmark(values.output, evaluate.count(values), values.scores, values.input, title=values.title)

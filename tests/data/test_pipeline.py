@@ -223,8 +223,8 @@ def test_errors_stay_with_their_pairs(records, parts, tmp_path):
 
 
 def test_truncation_is_asked_for_and_told(records, parts):
-    stream = packer(parts, max_length=80, truncate=True)
-    window = stream.window([Pair(records[0].images, "word " * 100), Pair(records[0].images, "near")])
+    pairs = [Pair(records[0].images, "word " * 100), Pair(records[0].images, "near")]
+    window = packer(parts, max_length=80).window(pairs, truncate=True)
     assert window.errors == [None, None]
     assert window.truncated == [True, False]
     assert window.n_tokens[0] == 80

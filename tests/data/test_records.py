@@ -130,7 +130,7 @@ def test_duplicate_ids_and_bytes_that_are_no_utf8(folder):
     good, broken, twice = iter_records(path)
     assert isinstance(good, Record)
     assert "not UTF-8" in broken.reason
-    assert twice == Rejected(3, "1", "duplicate id '1': an earlier line has it")
+    assert twice == Rejected(3, "1", "duplicate id '1': an earlier record has it")
 
 
 def test_a_rejected_line_keeps_its_id_to_itself(folder):

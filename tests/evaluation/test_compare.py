@@ -81,7 +81,11 @@ def test_files_and_the_verb(tmp_path, capsys):
     command = ["compare", f"--input={records}", f"--scores={one}"]
     assert main([*command, f"--against={two}", f"--output={tmp_path / 'c.json'}"]) == 0
     shown = capsys.readouterr().out
-    assert "Paired bootstrap: p = 0.002 (two-sided), 1,000 samples of 15 whole groups" in shown
+    assert "Paired bootstrap: p < 0.002 (two-sided), 1,000 samples of 15 whole groups" in shown
+    assert "More samples could tell of a smaller p." in shown
+    near = compare_files(PLAIN, records, one, one).words()
+    assert "p = 1 (two-sided)" in near
+    assert "More samples" not in near
     assert json.loads((tmp_path / "c.json").read_text())["difference"] == found.difference
     assert main([*command, f"--against={one}", "--against_field=raw"]) == 1
     assert "one.jsonl: raw: tau_c is undefined: all its scores are equal" in capsys.readouterr().err

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from multitap_jax.cli import main
-from multitap_jax.data.records import Record
+from multitap_jax.data.records import Record, load_records
+from multitap_jax.data.seen import TRAINED, Seen, prints_of, to_bytes
 from multitap_jax.data.sources import DATASETS, convert
 from multitap_jax.evaluation.benchmark import evaluate_benchmark
 from multitap_jax.evaluation.protocols import PROTOCOLS, Benchmark, Protocol, ProtocolError, protocol_named
@@ -291,8 +292,9 @@ def test_the_report_says_what_a_reader_must_know(judged, tmp_path):
     note = {
         "settings": {"dtype": "bfloat16"},
         "conditions": {"prompt": "official-eval", "position_mode": "flat", "alpha_rule": "kfold"},
-        "trained_on": {"target": "score", "target_range": [0, 1], "records": f"elsewhere.jsonl,{records}"},
     }
+    there = load_records(records, need_images=False).records
+    (tmp_path / "s.jsonl.seen.safetensors").write_bytes(to_bytes({TRAINED: Seen.of(prints_of(there[:3]))}))
     (tmp_path / "s.jsonl.job.json").write_text(json.dumps(note))
     report = evaluate_benchmark(protocol_named("nebula"), records, path, allow_subset=True, bootstrap_samples=100)
     words = report.words()
@@ -306,7 +308,8 @@ def test_the_report_says_what_a_reader_must_know(judged, tmp_path):
         "n = 60 from 60 records",
         "100 bootstrap samples of 20 whole groups",
         "NOT the published number",
-        "WARNING: the model was trained on these very records",
+        "WARNING: 3 of 60 records have the ids of records that the model was trained on",
+        "WARNING: 60 of 60 records have no pictures here",
     ):
         assert part in words
     saved = json.loads(report.save(tmp_path / "out").read_text())

@@ -12,6 +12,8 @@ from PIL import Image
 from rich.console import Console
 
 from multitap_jax.cli import main
+from multitap_jax.data.records import load_records
+from multitap_jax.data.seen import FITTED, TRAINED, Seen, prints_of, to_bytes
 from multitap_jax.data.tables import RecordsError
 from multitap_jax.evaluation import evaluate_files, evaluate_pairs
 from multitap_jax.evaluation.page import write_evaluation
@@ -226,12 +228,34 @@ def test_the_target_is_the_one_that_was_trained_on(files):
     assert found.points[:, 1].tolist() == [record["ratings"]["safety"] / 3 for record in records]
     assert report_of(folder, records, scores, target="score").target == "score"
     assert not found.warnings
-    note["trained_on"]["records"] = f"elsewhere, {folder / 'r.jsonl'}"
-    (folder / "s.jsonl.job.json").write_text(json.dumps(note))
-    warned = report_of(folder, records, scores, target_range=None)
-    assert "WARNING: the model was trained on these very records" in shown(warned)
     wider = report_of(folder, records, scores, target_range=(0, 6))
     assert wider.points[:, 1].tolist() == [record["ratings"]["safety"] / 6 for record in records]
+
+
+def test_records_that_the_model_has_seen_are_told(files):
+    """Whatever they are called by now; of those that were scored alone."""
+    folder, records, scores = files
+    for number in range(6):
+        Image.new("RGB", (4, 4), (40 * number, 0, 0)).save(folder / f"{number}.png")
+    report_of(folder, records, scores)
+    there = load_records(folder / "r.jsonl").records
+    seen = {TRAINED: Seen.of(prints_of(there[:3])), FITTED: Seen.of(prints_of(there[10:]))}
+    (folder / "s.jsonl.seen.safetensors").write_bytes(to_bytes(seen))
+    for record, score in zip(records, scores, strict=True):
+        record["id"] = score["id"] = f"new-{record['id']}"
+    found = report_of(folder, records, scores[:11])
+    assert found.warnings == (
+        "4 of 11 records were among those that the model was trained on: how they are judged says nothing of new ones "
+        "(new-r0, new-r1, new-r2 and 1 more)",
+        "1 of 11 records were among those that the heads were fitted on: how they are judged says nothing of new ones "
+        "(new-r10)",
+    )
+    assert "WARNING: 4 of 11 records were among" in shown(found)
+    page = write_evaluation(folder / "page.html", found, folder / "s.jsonl", folder / "r.jsonl").read_text()
+    assert "4 of 11 records were among those that the model was trained on" in page
+    (folder / "s.jsonl.seen.safetensors").write_bytes(b"torn")
+    with pytest.raises(ValueError, match=r"s.jsonl.seen.safetensors: damaged"):
+        report_of(folder, records, scores)
 
 
 @pytest.mark.skipif(not (SHARED / "benchmarks").is_dir(), reason="the published scores are not at hand")

@@ -85,6 +85,25 @@ def test_local_ends_all_when_one_fails(programs):
     assert time.monotonic() - began < 60
 
 
+def test_local_says_once_what_all_have_to_say(programs):
+    words = 'echo "multitap: process $MULTITAP_PROCESS_ID of 4 failed" >> $MULTITAP_LAST_WORDS'
+    programs("multitap", f"(( MULTITAP_PROCESS_ID == 2 )) && echo other >> $MULTITAP_LAST_WORDS || {words}; exit 7")
+    found = launch("local.sh", "4", "train")
+    assert found.returncode == 7
+    assert "process 0, 1, 3 of 4:\nmultitap: this process failed\nprocess 2 of 4:\nother\n" in found.stderr
+
+
+def test_local_gives_one_explanation_of_a_wrong_command(programs):
+    """By the program itself, which would print it once a process."""
+    program = f"{sys.executable} -m multitap_jax.cli"
+    arguments = ["train", f"--config={LAUNCH.parent / 'configs/lora.py'}", "--workdir=w", "--config.bach_size=2"]
+    changes = {"MULTITAP": program, "PYTHONPATH": str(LAUNCH.parent), "JAX_PLATFORMS": "cpu"}
+    found = launch("local.sh", "2", *arguments, **changes)
+    assert found.returncode == 2
+    assert found.stderr.count("did you mean --config.batch_size?") == 1
+    assert "process 0, 1 of 2:\nmultitap train: --config.bach_size is not a setting" in found.stderr
+
+
 def test_local_passes_sigterm_on_and_waits_for_the_saves(programs, tmp_path):
     saved = tmp_path / "saved"
     programs(

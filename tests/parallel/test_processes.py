@@ -121,6 +121,8 @@ def test_two_processes_embed_the_same_rows_in_the_same_order(alone, pair):
 def test_two_processes_fit_the_same_heads(folder, alone, pair):
     one, two = (load_file(folder / name / "heads.safetensors") for name in ("one", "two"))
     np.testing.assert_allclose(two["ridge.alpha"], one["ridge.alpha"], rtol=1e-6)
+    for name in [name for name in one if name.startswith("seen.")]:
+        np.testing.assert_array_equal(two[name], one[name])
     scale = np.abs(one["ridge.coef"]).max()
     np.testing.assert_allclose(two["ridge.coef"], one["ridge.coef"], atol=1e-3 * scale, rtol=0)
     objectives = [json.loads((folder / name / "multitap.json").read_text())["objectives"] for name in ("one", "two")]

@@ -29,12 +29,15 @@ class FakeScorer:
         self.fingerprint, self.checkpoint = fingerprint, checkpoint
         self.settings = {"dtype": "float32"}
         self.trained_on = {"target": "ratings.fit", "target_range": [1, 5]}
+        self.seen = {}
         self.conditions = {"prompt": "official-eval"}
         self.delay = delay
         self.calls: list[int] = []
 
-    def score(self, *, images, texts, requests, truncate):
-        assert len(images) == len(texts) == len(requests)
+    def score_stream(self, lists, *, truncate, occupancy):
+        return (self.score([pair.text for pair in pairs], truncate) for pairs in lists)
+
+    def score(self, texts, truncate):
         self.calls.append(len(texts))
         time.sleep(self.delay)
         overall = np.asarray([zlib.crc32(text.encode()) / 2**32 for text in texts], np.float32)

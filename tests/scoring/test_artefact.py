@@ -10,9 +10,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from multitap_jax.data.processing import Contract
+from multitap_jax.data.seen import FITTED, TRAINED, Print, Seen
 from multitap_jax.files import canonical_hash, file_hash
 from multitap_jax.scoring.artefact import Artefact
-from multitap_jax.scoring.exports import ContractWarning, export_official
+from multitap_jax.scoring.exports import ContractWarning, export_artefact, export_heads, export_official
 from multitap_jax.scoring.importing import import_official
 from multitap_jax.scoring.manifest import ArtefactError, Objective, read_manifest
 from multitap_jax.weights.hashing import file_tensor_hash
@@ -133,6 +134,31 @@ def test_an_artefact_without_ridge_then_with(base, tmp_path):
     third = second.add_ridge(tiny_ridge(5), OBJECTIVES)
     assert third.manifest.hashes.heads != second.manifest.hashes.heads
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_what_was_seen_stays_with_the_weights_and_goes_with_the_heads(base, tmp_path):
+    seen = [Seen.of([Print(number, (number,), None, number)]) for number in range(3)]
+    save_artefact(tmp_path / "artefact", base, seen={TRAINED: seen[0]})
+    artefact = Artefact.open(tmp_path / "artefact").add_ridge(tiny_ridge(5), OBJECTIVES, seen[1])
+    assert known(artefact) == known_of({TRAINED: seen[0], FITTED: seen[1]})
+    assert (
+        known(artefact.add_ridge(tiny_ridge(6), OBJECTIVES, seen[2]))["fitted"]
+        == known_of({"fitted": seen[2]})["fitted"]
+    )
+    for dtype in (None, jnp.bfloat16):
+        copy = export_artefact(artefact.folder, tmp_path / f"copy-{dtype}", dtype=dtype)
+        assert known(copy) == known_of({TRAINED: seen[0], FITTED: seen[2]})
+    heads = load_file(export_heads(artefact.folder, tmp_path / "heads") / "heads.safetensors")
+    assert not any(name.startswith("seen.") for name in heads)
+    assert known(Artefact.open(artefact.folder).add_ridge(tiny_ridge(), OBJECTIVES)) == known_of({TRAINED: seen[0]})
+
+
+def known(artefact):
+    return known_of(Artefact.open(artefact.folder).seen())
+
+
+def known_of(seen):
+    return {who: [values.tolist() for values in records] for who, records in seen.items()}
 
 
 @pytest.mark.parametrize("stop", ["before the manifest", "after the manifest"])

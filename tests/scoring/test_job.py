@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from multitap_jax.data.seen import TRAINED, Print, Seen, from_bytes
 from multitap_jax.scoring.job import TooManyRejected, score_file
 from multitap_jax.scoring.journal import JobError, Journal
 from tests.scoring.job_fixtures import FakeScorer, read_lines, write_records
@@ -40,13 +41,26 @@ def test_one_line_a_record_in_input_order(tmp_path):
     assert scorer.calls == [10, 10, 5]
     assert (summary.lines, summary.rejected, summary.truncated, summary.resumed) == (25, 1, 1, 0)
     assert list(lines[0]) == ["id", "score", "scores", "n_tokens", "truncated", "error"]
-    expected = FakeScorer().score(images=[[]], texts=["text 0"], requests=[None], truncate=False)
+    expected = FakeScorer().score(["text 0"], truncate=False)
     assert np.float32(lines[0]["score"]) == expected.overall[0]
     assert np.float32(lines[0]["scores"]["safety"]) == expected.objectives[0, 0]
     assert lines[3]["score"] is None
     assert lines[3]["scores"] == {"safety": None, "detail": None}
     assert lines[3]["error"] == "made to fail"
     assert [line["truncated"] for line in lines] == [i == 7 for i in range(25)]
+
+
+def test_what_the_model_has_seen_is_left_beside_the_output(tmp_path):
+    source, output = write_records(tmp_path, 4), tmp_path / "scores.jsonl"
+    beside, scorer = tmp_path / "scores.jsonl.seen.safetensors", FakeScorer()
+    scorer.seen = {TRAINED: Seen.of([Print(1, (2,), None, 3)])}
+    score_file(scorer, source, output)
+    assert from_bytes(beside.read_bytes(), beside)[TRAINED].id.tolist() == [3]
+    output.unlink()
+    score_file(FakeScorer("model-2"), source, output)  # of which nothing is known
+    assert not beside.exists()
+    with pytest.raises(JobError, match="the job would write over its input"):
+        score_file(FakeScorer(), source.rename(tmp_path / "a.jsonl"), tmp_path / "a.jsonl")
 
 
 def test_bad_records_keep_their_place_and_are_repeated_beside_the_output(tmp_path):
@@ -232,8 +246,8 @@ def test_a_scorer_that_lets_nan_through_stops_the_job(tmp_path, monkeypatch):
     source, output = write_records(tmp_path, 3), tmp_path / "scores.jsonl"
     good = FakeScorer.score
 
-    def broken(self, **pairs):
-        scores = good(self, **pairs)
+    def broken(self, *pairs):
+        scores = good(self, *pairs)
         scores.overall[1] = np.nan
         return scores
 

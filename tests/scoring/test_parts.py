@@ -1,6 +1,7 @@
 """Blocks of a long input: cut by place alone, done once by whoever's turn it is, and put in order."""
 
 import threading
+from itertools import islice
 
 import pytest
 
@@ -21,9 +22,10 @@ class Worker:
     def __init__(self):
         self.seen = []
 
-    def __call__(self, block):
-        self.seen.append(block.first)
-        return [2 * item for item in block.items]
+    def __call__(self, blocks):
+        for block in blocks:
+            self.seen.append(block.first)
+            yield [2 * item for item in block.items]
 
 
 def test_blocks_end_at_the_same_places_wherever_they_begin():
@@ -58,9 +60,7 @@ def test_every_block_is_done_once_and_comes_in_order(tmp_path, count, start):
 def test_another_number_of_processes_takes_up_what_was_finished_for_the_same_job(tmp_path):
     folder, worker = tmp_path / "parts", Worker()
     folder.mkdir()
-    killed = parts_of(folder, 1, 3)
-    for block in blocks(iter(RECORDS), 10):
-        killed._do(block, worker, lambda block: True)
+    list(parts_of(folder, 1, 3)._do(iter(RECORDS), 0, worker, lambda block: True))
     assert worker.seen == [10, 40, 70, 100]
     for identity, left in (("another", 11), ("job", 7)):
         worker, folder_of = Worker(), parts_of(folder, 0, 1, identity)
@@ -75,7 +75,29 @@ def test_a_block_without_its_other_file_is_done_again(tmp_path):
     folder, worker = tmp_path / "parts", Worker()
     folder.mkdir()
     one = parts_of(folder, 0, 2)
-    block = next(blocks(iter(RECORDS), 10))
     for whole in (True, False):
-        one._do(block, worker, lambda block, whole=whole: whole)
+        list(one._do(iter(RECORDS[:10]), 0, worker, lambda block, whole=whole: whole))
     assert worker.seen == [0, 0]
+
+
+@pytest.mark.parametrize("ahead", [1, 3, 1000])
+def test_work_may_ask_for_blocks_before_it_gives_results(tmp_path, ahead, monkeypatch):
+    """Also for more of them than process 0 may be ahead of the others: it never waits for a block of its own."""
+    monkeypatch.setattr("multitap_jax.scoring.parts.AHEAD", 2)
+
+    def eager(blocks):
+        asked = iter(blocks)
+        taken = list(islice(asked, ahead))
+        while taken:
+            yield [2 * item for item in taken.pop(0).items]
+            taken += islice(asked, 1)
+
+    follower, leader = parts_of(tmp_path / "parts", 1, 2), parts_of(tmp_path / "parts", 0, 2)
+    leader.begin(0)
+    (tmp_path / "parts").mkdir(exist_ok=True)
+    thread = threading.Thread(target=lambda: follower.follow(iter(RECORDS), 0, eager), daemon=True)
+    thread.start()
+    found = list(leader.in_order(iter(RECORDS), 0, eager))
+    thread.join(30)
+    assert not thread.is_alive()
+    assert [item for _, result in found for item in result] == [2 * item for item in RECORDS]

@@ -1,6 +1,7 @@
 """The score contract: the same pair, the same score; nothing cut in silence; no NaN passes for a score."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -11,10 +12,13 @@ from multitap_jax.backbones import Execution
 from multitap_jax.batch import PackedBatch
 from multitap_jax.config import MeshConfig
 from multitap_jax.data.processing import Processing
+from multitap_jax.data.stream import Pair
 from multitap_jax.parallel.mesh import make_mesh
 from multitap_jax.reward import RewardModel
 from multitap_jax.scoring.artefact import Artefact
 from multitap_jax.scoring.job import score_file
+from multitap_jax.scoring.occupancy import Occupancy
+from multitap_jax.scoring.pairs import make_pairs
 from multitap_jax.scoring.readahead import read_ahead
 from multitap_jax.scoring.results import ScoringError
 from multitap_jax.scoring.scorer import Scorer
@@ -290,6 +294,44 @@ def test_lists_that_do_not_fit_are_refused(scorer, pairs):
             scorer.score(**arguments)
     with pytest.raises(TypeError, match="positional"):
         scorer.score([image], ["a"])
+
+
+def test_a_stream_gives_what_its_lists_give_alone(scorer, pairs, expected, tmp_path):
+    every = make_pairs(*pairs, None)
+    broken = [Pair((tmp_path / "absent.png",), "near")]
+    lists = [every[:4], [], broken, every[4:5], every[5:]]
+    occupancy = Occupancy()
+    found = list(scorer.score_stream(iter(lists), occupancy=occupancy))
+    assert [len(scores.errors) for scores in found] == [4, 0, 1, 1, 8]
+    assert [error is None for scores in found for error in scores.errors] == [True] * 4 + [False] + [True] * 9
+    assert 0 <= occupancy.close().idle_share <= 1
+    good = np.concatenate([found[i].logits for i in (0, 3, 4)])
+    np.testing.assert_allclose(good, expected.logits, rtol=0, atol=1e-5)
+    states = np.concatenate([part.values for part in scorer.embed_stream([every[:4], every[4:]])])
+    np.testing.assert_allclose(states, scorer.embed(images=pairs[0], texts=pairs[1]).values, rtol=0, atol=1e-5)
+
+
+def test_a_stream_reads_a_few_batches_ahead_and_no_more(scorer, pairs):
+    asked, every = [], make_pairs(*pairs, None)
+
+    def lists():
+        for number in range(100):
+            asked.append(number)
+            yield every[:1]
+
+    stream = scorer.score_stream(lists())
+    next(stream)
+    stream.close()
+    assert 1 < len(asked) < 20
+
+
+def test_streams_in_two_threads_keep_their_pairs_apart(scorer, pairs, expected):
+    every = make_pairs(*pairs, None)
+    run = lambda lists: np.concatenate([scores.logits for scores in scorer.score_stream(lists)])
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(run, ([[pair] for pair in every], [every, every[::-1]]))
+    np.testing.assert_allclose(one, expected.logits, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(other, [*expected.logits, *expected.logits[::-1]], rtol=0, atol=1e-5)
 
 
 def test_reading_ahead_keeps_order_and_raises_where_it_is_used():

@@ -1,5 +1,6 @@
 """The loop: resumes bit for bit after any death, stops on SIGTERM and NaN, refuses another run's checkpoints."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -21,7 +22,8 @@ from multitap_jax.config import (
     TrainableConfig,
     TrainConfig,
 )
-from multitap_jax.stage1.metrics import MetricsLog, NonFiniteError
+from multitap_jax.flops import Work
+from multitap_jax.stage1.metrics import MetricsLog, NonFiniteError, Recorder
 from multitap_jax.stage1.progress import describe
 from multitap_jax.stage1.spikes import LossSpikeError, SpikeWatch
 from multitap_jax.stage1.train import train
@@ -241,8 +243,29 @@ def test_settings_that_cannot_be_used_are_refused(tmp_path):
 
 def test_rates_are_numbers_that_people_read():
     line = {"loss": 0.25, "seconds_per_step": 0.01234, "pairs_per_second": 1013.2, "mfu": None}
-    text = describe(line | {"tokens_per_second": 1e6, "packing_efficiency": 0.9})
-    assert "0.0123 s/step  1,013 pairs/s  1,000,000 tokens/s" in text
+    line |= {"tokens_per_second": 1e6, "packing_efficiency": 0.9}
+    assert "0.0123 s/step  1,013 pairs/s  1,000,000 tokens/s" in describe(line | {"data_wait": 0.01})
+    assert "waits" not in describe(line | {"data_wait": 0.01})
+    assert describe(line | {"data_wait": 0.25}).endswith("waits for data 25% of the time")
+
+
+def test_the_time_that_the_loop_waits_for_data_is_told():
+    now = [0.0]
+    recorder = Recorder(lambda step: [], None, 1, None, lambda: now[0])
+
+    def pass_time(seconds, context):
+        with context:
+            now[0] += seconds
+
+    with recorder.paused():  # as the first step, which compiles
+        pass_time(50, recorder.waiting())
+    zero = dict.fromkeys(("loss", "grad_norm", "lr", "mean_score", "pairs", "terms"), np.float32(1)) | {"finite": True}
+    for _ in range(2):
+        pass_time(1, recorder.waiting())
+        pass_time(3, contextlib.nullcontext())
+        recorder.add(0, zero, np.zeros(0, np.int32), Work(1, 1, 0, 0, 1))
+    line = recorder.line()
+    assert (line["seconds_per_step"], line["data_wait"]) == (4, 0.25)
 
 
 def test_the_log_drops_what_lies_beyond_the_step_and_a_torn_line(tmp_path):

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from multitap_jax.data.sources.base import Dataset, Draft, Item, Layout, Request, rejected
+from multitap_jax.data.sources.base import Cursor, Dataset, Draft, Item, Layout, Request, rejected
 from multitap_jax.data.sources.files import embedded, number, rows
 
 
@@ -16,17 +16,17 @@ def _judged(row: dict[str, Any], side: int) -> dict[str, float | None]:
         if found := re.fullmatch(rf"(\w+)_rate_{side}", column):
             ratings[found[1]] = number(value, column)
     overall = next((name for name in row if re.fullmatch(r"overall_(response|image)", name)), None)
-    better = None if overall is None else number(row[overall], overall)
-    if better is not None:
-        if better not in (1, 2):
+    if overall is not None:
+        better = number(row[overall], overall)
+        if better not in (1, 2, None):
             raise ValueError(f"{overall} is {better:g}, neither 1 nor 2")
-        ratings["preference"] = float(better == side)
+        ratings["preference"] = None if better is None else float(better == side)
     return ratings
 
 
-def _pairs(paths: Sequence[Path], text: str, picture: str, request: str | None) -> Iterator[Item]:
+def _pairs(paths: Sequence[Path], at: Cursor, text: str, picture: str, request: str | None) -> Iterator[Item]:
     """Two drafts a row; `text` and `picture` name their columns, with {} for the side where each has its own."""
-    for place, row in enumerate(rows(paths)):
+    for place, row in enumerate(rows(paths, at)):
         group = f"{place:06d}"
         try:
             pair = [
@@ -47,11 +47,11 @@ def _pairs(paths: Sequence[Path], text: str, picture: str, request: str | None) 
 
 
 def _read_answers(paths: Sequence[Path], request: Request) -> Iterator[Item]:
-    return _pairs(paths, "response_{}", "image", "question")
+    return _pairs(paths, request.at, "response_{}", "image", "question")
 
 
 def _read_pictures(paths: Sequence[Path], request: Request) -> Iterator[Item]:
-    return _pairs(paths, "prompt", "image_{}", None)
+    return _pairs(paths, request.at, "prompt", "image_{}", None)
 
 
 _ORIGIN = "Ji et al., 2024; huggingface.co/datasets/PKU-Alignment/align-anything"

@@ -35,15 +35,32 @@ class Draft:
     group: str | None = None
 
 
+@dataclasses.dataclass(slots=True)
+class Cursor:
+    """Where reading stands, for what is said of a row: a `unit` of a file and its number, from 1; 0: nobody counts."""
+
+    file: Path | None = None
+    unit: str = "record"
+    number: int = 0
+
+    def move(self, file: Path, unit: str, number: int) -> None:
+        """To a row, a line or an entry that is about to be given away."""
+        self.file, self.unit, self.number = file, unit, number
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Request:
-    """What the user asked for: the split, and for tables without a form of their own the columns."""
+    """What the user asked for: the split, and for tables without a form of their own the columns.
+
+    `at` is moved by who reads the files.
+    """
 
     split: str
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    at: Cursor = dataclasses.field(default_factory=Cursor)
 
 
-# Draft, or what is wrong with a row. `line` of a Rejected counts rows over all files from 1; `convert` fills it in.
+# Draft, or what is wrong with a row; `convert` fills in the `line` of a Rejected, from where the reading stands.
 Item = Draft | Rejected
 Read = Callable[[Sequence[Path], Request], Iterator[Item]]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from multitap_jax.data.sources.base import Dataset, Draft, Item, Layout, Request, mapped, rejected
-from multitap_jax.data.sources.files import number, read_json, rows
+from multitap_jax.data.sources.files import entries, number, read_json, rows, told_apart
 
 
 def _draft(name: str, picture: str, caption: str, rating: object) -> Item:
@@ -23,15 +23,15 @@ def _draft(name: str, picture: str, caption: str, rating: object) -> Item:
 
 
 def _read_json(paths: Sequence[Path], request: Request) -> Iterator[Item]:
-    for path in paths:
-        for place, entry in enumerate(read_json(path)["dataset"]):
-            yield _draft(f"{place:05d}", entry["image"], entry["caption"], entry["human"])
+    for path, name in zip(paths, told_apart(paths), strict=True):
+        for place, entry in enumerate(entries(path, request.at, read_json(path)["dataset"])):
+            yield _draft(f"{name}/{place:05d}", entry["image"], entry["caption"], entry["human"])
 
 
 def _read_tables(paths: Sequence[Path], request: Request) -> Iterator[Item]:
     for path in paths:
         part = path.stem.partition("_")[0]
-        for place, row in enumerate(rows([path], ragged=True)):
+        for place, row in enumerate(rows([path], request.at, ragged=True)):
             address = row["Input.image_url"] or ""
             if "/" not in address:
                 continue  # the tables end with lines of sums

@@ -15,15 +15,14 @@ from typing import Any
 
 from multitap_jax.data.fields import BadRecord, ImagePaths
 from multitap_jax.data.records import Record, RecordParser, Rejected, check_rejected_share, write_rejected
-from multitap_jax.data.sources.base import Dataset, Draft, Item, Layout, Request, SourceError
+from multitap_jax.data.sources.base import Cursor, Dataset, Draft, Item, Layout, Request, SourceError
 from multitap_jax.data.sources.files import ALL, SPLITS, find
+from multitap_jax.data.sources.output import DATASET_NAME, RECORDS_NAME, Output
 from multitap_jax.data.sources.pictures import Pictures
 from multitap_jax.data.sources.registry import DATASETS, dataset_named
 from multitap_jax.data.tables import REJECTED_NAME, RecordsError, some
-from multitap_jax.files import file_hash, json_bytes, sole_writer, write_atomic
+from multitap_jax.files import file_hash
 
-RECORDS_NAME = "records.jsonl"
-DATASET_NAME = "dataset.json"
 FORMAT_VERSION = 1
 NO_IMAGES = "none"
 
@@ -38,6 +37,7 @@ class Conversion:
       read, written, rejected: rows of the public files that gave drafts or none; records; rows that gave no record.
       pictures: different pictures; with_pictures: whether they lie under images/.
       reasons: the reasons of the rejected, numbers and names left out, with how often each came.
+      missing: of the numbers that some of the records have, how many records lack each: "score" or "ratings.NAME".
     """
 
     folder: Path
@@ -49,6 +49,7 @@ class Conversion:
     pictures: int
     with_pictures: bool
     reasons: Mapping[str, int]
+    missing: Mapping[str, int]
 
     def __str__(self) -> str:
         pictures = f"{self.pictures:,} pictures" + ("" if self.with_pictures else " named, none taken")
@@ -56,6 +57,7 @@ class Conversion:
             f"{self.folder}: {self.dataset}, split {self.split}: {self.read:,} read, {self.written:,} written, "
             f"{self.rejected:,} rejected; {pictures}"
         ]
+        lines += [f"  {count:,} of {self.written:,} records have no {name}" for name, count in self.missing.items()]
         return "\n".join(lines + [f"  {count:,} rejected: {reason}" for reason, count in self.reasons.items()])
 
 
@@ -95,28 +97,16 @@ def convert(
         raise SourceError(f"--columns is for --dataset=table; {known.title} has the columns it was published with")
     layout, files = find(source, known, split, DATASETS.values(), apart=output)
     roots = [] if images == NO_IMAGES else [Path(images)] if images else _roots(source, files)
-    if missing := [str(root) for root in roots if not root.is_dir()]:
-        raise SourceError(f"--images={missing[0]}: no such folder; give the folder of the pictures, or --images=none")
-    with sole_writer(output):
-        _check_folder(output, known, split)
-        unfinished = json_bytes({"dataset": known.name, "split": split, "complete": False})
-        if not (output / DATASET_NAME).exists():
-            write_atomic(output / DATASET_NAME, unfinished)
+    if absent := [str(root) for root in roots if not root.is_dir()]:
+        raise SourceError(f"--images={absent[0]}: no such folder; give the folder of the pictures, or --images=none")
+    with Output.opened(output, known, split) as opened:
         pictures = Pictures(output, roots)
-        partial = output / f"{RECORDS_NAME}.partial"
-        try:
-            written, rejected = _write(known, split, layout.read(files, request), pictures, partial, advance)
-            write_rejected(output / REJECTED_NAME, rejected)
-            _check(known, split, source, pictures, written, rejected, max_rejected, allow_subset)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-        note = _note(known, request, pictures, written, len(rejected))
-        note["sources"] = [_described(path, source) for path in _with_beside(layout, files)]
-        # What was there before, made by the same command, is whole until here.
-        write_atomic(output / DATASET_NAME, unfinished)
-        os.replace(partial, output / RECORDS_NAME)
-        write_atomic(output / DATASET_NAME, json_bytes(note))
+        items = _placed(known, layout.read(files, request), request.at, several=len(files) > 1)
+        written, missing, rejected = _write(known, split, items, pictures, opened.partial, advance)
+        write_rejected(output / REJECTED_NAME, rejected)
+        _check(known, request, source, pictures, written, rejected, max_rejected, allow_subset)
+        note = _note(known, request, pictures, written, len(rejected)) | {"missing": missing}
+        opened.finish(note | {"sources": [_described(path, source) for path in _with_beside(layout, files)]})
     return Conversion(
         folder=output,
         dataset=known.title,
@@ -127,6 +117,7 @@ def convert(
         pictures=pictures.files,
         with_pictures=bool(roots),
         reasons=dict(Counter(_kind(item.reason) for item in rejected).most_common(5)),
+        missing=missing,
     )
 
 
@@ -158,61 +149,62 @@ def _roots(source: Path, files: Sequence[Path]) -> list[Path]:
     return list(dict.fromkeys([top, *inside]))
 
 
-def _check_folder(output: Path, dataset: Dataset, split: str) -> None:
-    """Refuses a folder of something else."""
-    inside = {path.name for path in output.iterdir()} - {".lock"}
-    try:
-        note = json.loads((output / DATASET_NAME).read_bytes())
-        same = (note["dataset"], note["split"]) == (dataset.name, split)
-    except (OSError, ValueError, KeyError, TypeError):
-        same = False
-    if inside and not same:
-        raise SourceError(f"{output}: holds something else than {dataset.title} ({split}); choose another --output")
-
-
 def _write(
     dataset: Dataset,
     split: str,
-    items: Iterable[Item],
+    items: Iterable[tuple[int, str, Item]],
     pictures: Pictures,
     partial: Path,
     advance: Callable[[int], None],
-) -> tuple[int, list[Rejected]]:
-    """Writes the records to `partial`; returns how many there are, and the rows that gave none."""
+) -> tuple[int, dict[str, int], list[Rejected]]:
+    """Writes the records to `partial`; returns how many there are, how many lack which number, and the rows without."""
     output = pictures.output
     paths = ImagePaths(output, allow_outside_root=False, decode=False, need=bool(pictures.roots))
     parser = RecordParser(output / RECORDS_NAME, paths, None, "--")
     apart = any(layout.by_split for layout in dataset.layouts)
     prefix = "" if dataset.name == "table" else dataset.name + (f"/{split}/" if apart else "/")
-    written, rejected = 0, []
+    written, rejected, numbers = 0, [], Counter[str]()
     with partial.open("w", encoding="utf-8") as file:
-        for line, item in _numbered(dataset, items):
+        for line, file_name, item in items:
             advance(1)
             row = _row(item, prefix, pictures) if isinstance(item, Draft) else item.reason
             found = parser.parse(line, row) if isinstance(row, dict) else Rejected(line, item.id, row)
             if isinstance(found, Record):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 written += 1
+                numbers.update(_numbers(found))
             else:
-                rejected.append(found)
+                rejected.append(dataclasses.replace(found, reason=file_name + found.reason))
         file.flush()
         os.fsync(file.fileno())
-    return written, rejected
+    return written, {name: written - count for name, count in numbers.items() if count < written}, rejected
 
 
-def _numbered(dataset: Dataset, items: Iterable[Item]) -> Iterator[tuple[int, Item]]:
-    """Items with their number from 1. Raises SourceError for a file whose rows are not of the published form."""
-    line = 0
+def _numbers(record: Record) -> Iterator[str]:
+    """Names of the numbers that a record has."""
+    if record.score is not None:
+        yield "score"
+    yield from (f"ratings.{name}" for name, value in record.ratings.items() if value is not None)
+
+
+def _placed(dataset: Dataset, items: Iterable[Item], at: Cursor, *, several: bool) -> Iterator[tuple[int, str, Item]]:
+    """Items with where they are from: the number of their row, line or entry (where nobody counts those, their own),
+    and, where there are several, the name of their file as it stands before a reason.
+
+    Raises SourceError for a file whose rows are not of the published form.
+    """
+    count = 0
     try:
-        for line, item in enumerate(items, 1):
-            yield line, item
+        for count, item in enumerate(items, 1):
+            yield at.number or count, f"{at.file.name}: " if several and at.file else "", item
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, RecordsError):
             raise
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
+        place = f"{at.file}: {at.unit} {at.number:,}" if at.file else f"what follows record {count:,}"
         raise SourceError(
-            f"{dataset.title}: what follows record {line:,} is not of the published form ({what}); is the file "
-            "damaged, or of another version?"
+            f"{dataset.title}: {place} is not of the published form ({what}); is the file damaged, or of another "
+            "version?"
         ) from error
 
 
@@ -230,7 +222,7 @@ def _row(draft: Draft, prefix: str, pictures: Pictures) -> dict[str, Any] | str:
 
 def _check(
     dataset: Dataset,
-    split: str,
+    request: Request,
     source: Path,
     pictures: Pictures,
     written: int,
@@ -246,7 +238,10 @@ def _check(
             f"{some(names)}. Looked in {', '.join(map(str, pictures.roots))}. Give their folder as --images=FOLDER; "
             "--images=none converts without pictures, to evaluate scores that exist already"
         )
-    check_rejected_share(source, written, rejected, max_rejected)
+    check_rejected_share(
+        source, written, rejected, max_rejected, unit=request.at.unit, listed=pictures.output / REJECTED_NAME
+    )
+    split = request.split
     known = dataset.counts if dataset.counts.keys() == SPLITS.keys() else {}
     published = dataset.counts.get(split) if split != ALL else sum(known.values()) or None
     if published is not None and written + len(rejected) != published and not allow_subset:

@@ -32,7 +32,7 @@ def _is_number(text: str) -> bool:
 
 
 def _read_multi(paths: Sequence[Path], request: Request) -> Iterator[Item]:
-    for place, row in enumerate(rows(paths)):
+    for place, row in enumerate(rows(paths, request.at)):
         name = f"{place:05d}"
         try:
             picture, ratings = embedded(row["image"]), _ratings(row)
@@ -43,7 +43,7 @@ def _read_multi(paths: Sequence[Path], request: Request) -> Iterator[Item]:
 
 
 def _read_pref(paths: Sequence[Path], request: Request) -> Iterator[Item]:
-    for place, row in enumerate(rows(paths)):
+    for place, row in enumerate(rows(paths, request.at)):
         group = f"{place:05d}"
         try:
             picture = embedded(row["image"])

@@ -3,20 +3,22 @@
 import csv
 import functools
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow
 import pyarrow.parquet
 
-from multitap_jax.data.sources.base import Dataset, Layout, SourceError
+from multitap_jax.data.sources.base import Cursor, Dataset, Layout, SourceError
 from multitap_jax.data.tables import nearest, some
 
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 ALL = "all"
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_LINE_ENDS = re.compile(r"\r\n|\r|\n")
 
 
 def find(
@@ -92,12 +94,26 @@ def _not_found(folder: Path, dataset: Dataset, there: Sequence[Path], others: It
                 lines.append(f"{path.name} has no column {', '.join(hints)}.")
         if absent := [_absent(layout, path) for path in there if path.match(layout.pattern) and _absent(layout, path)]:
             lines.append(f"Beside {layout.pattern} there is no {', '.join(absent[0])}.")
-    alike = [other.title for other in others if any(_fitting(form, there) for form in other.layouts if form.columns)]
-    if alike := [title for title in alike if title != dataset.title]:
+    if alike := [other.title for other in looking_like(there, others) if other is not dataset]:
         lines.append(f"It looks like {' or '.join(alike)}.")
     names = [str(path.relative_to(folder)) if path != folder else path.name for path in there]
     lines.append(f"There: {some(names, 5) or 'no files'}.")
     return " ".join(lines)
+
+
+def looking_like(there: Sequence[Path], datasets: Iterable[Dataset]) -> list[Dataset]:
+    """Datasets of which some of these files have a published form, as their columns tell."""
+    return [one for one in datasets if any(_fitting(form, there) for form in one.layouts if form.columns)]
+
+
+def told_apart(paths: Sequence[Path]) -> list[str]:
+    """A name for each file that no other has: its own without the suffix, and as many folders before it as it takes."""
+    names: list[str] = []
+    for depth in range(1, max((len(path.parts) for path in paths), default=0) + 1):
+        names = ["/".join((*path.parts[-depth:-1], path.stem)) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return names
 
 
 def columns_of(path: Path) -> frozenset[str]:
@@ -170,24 +186,34 @@ def _header(path: Path) -> list[str]:
 
 
 def rows(
-    paths: Sequence[Path], columns: Sequence[str] | None = None, *, ragged: bool = False
+    paths: Sequence[Path],
+    at: Cursor,
+    columns: Sequence[str] | None = None,
+    *,
+    ragged: bool = False,
+    quoted: bool = True,
 ) -> Iterator[dict[str, Any]]:
     """Rows of tables (Parquet, CSV, TSV, JSON lines) one after another, in constant memory.
 
     Args:
+      paths: of the files.
+      at: is moved to each row: its line in text, its number in Parquet.
       columns: those of Parquet that are read; None reads all.
       ragged: let rows of CSV have more or fewer cells than the header.
+      quoted: cells of CSV may stand in quotes; False reads quotes as they are.
 
     Raises:
       SourceError: damaged files, or a row whose cells do not match the header.
     """
     for path in paths:
+        found: Iterable[tuple[int, dict[str, Any]]]
         if path.suffix == ".parquet":
-            yield from _parquet_rows(path, columns)
-        elif path.suffix == ".jsonl":
-            yield from _json_lines(path)
+            found, unit = enumerate(_parquet_rows(path, columns), 1), "row"
         else:
-            yield from _csv_rows(path, ragged)
+            found, unit = _json_lines(path) if path.suffix == ".jsonl" else _csv_rows(path, ragged, quoted), "line"
+        for number, row in found:
+            at.move(path, unit, number)
+            yield row
 
 
 def _parquet_rows(path: Path, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
@@ -201,12 +227,13 @@ def _parquet_rows(path: Path, columns: Sequence[str] | None) -> Iterator[dict[st
         raise SourceError(f"{path}: damaged or no Parquet file ({error}); download it again") from error
 
 
-def _csv_rows(path: Path, ragged: bool) -> Iterator[dict[str, Any]]:
+def _csv_rows(path: Path, ragged: bool, quoted: bool) -> Iterator[tuple[int, dict[str, Any]]]:
     # surrogateescape: a byte that is no UTF-8 spoils its own record, and is not taken for another letter
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         line = file.readline()
         file.seek(0)
-        reader = csv.DictReader(file, delimiter=delimiter_of(path, line), strict=True)
+        quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+        reader = csv.DictReader(file, delimiter=delimiter_of(path, line), quoting=quoting, strict=True)
         try:
             names = [name for name in reader.fieldnames or () if name]
             if twice := next((name for name in names if names.count(name) > 1 and not ragged), None):
@@ -214,12 +241,13 @@ def _csv_rows(path: Path, ragged: bool) -> Iterator[dict[str, Any]]:
             for row in reader:
                 if not ragged and (None in row or None in row.values()):
                     raise SourceError(f"{path}: line {reader.line_num} has not as many cells as the header; mend it")
-                yield row
+                within = sum(len(_LINE_ENDS.findall(cell)) for cell in row.values() if isinstance(cell, str))
+                yield reader.line_num - within, row
         except csv.Error as error:
             raise SourceError(f"{path}: line {reader.line_num} is no CSV ({error}); download it again") from error
 
 
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
@@ -227,21 +255,33 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
                     row = json.loads(line)
                 except (ValueError, RecursionError) as error:
                     raise SourceError(f"{path}: line {number} is no JSON ({error}); download it again") from error
-                yield row
+                yield number, row
 
 
-def lines(path: Path, cells: int) -> Iterator[list[str]]:
+def entries(path: Path, at: Cursor, value: Any) -> Iterator[Any]:
+    """The entries of a list that a JSON file holds."""
+    for number, entry in enumerate(value, 1):
+        at.move(path, "entry", number)
+        yield entry
+
+
+def lines(path: Path, cells: int, at: Cursor | None = None) -> Iterator[list[str]]:
     """Cells of a text file with tabs and no header. Raises SourceError for a line with too few."""
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
             found = line.rstrip("\n").split("\t")
             if len(found) < cells:
                 raise SourceError(f"{path}: line {number} has {len(found)} cells, expected {cells} with tabs between")
+            if at is not None:
+                at.move(path, "line", number)
             yield found
 
 
 def number(value: Any, name: str) -> float | None:
-    """A number of a cell, None where it is empty. Raises ValueError, naming it, for what is none and for NaN."""
+    """A number of a cell; None where it is empty or NaN, which is how tables of numbers write that there is none.
+
+    Raises ValueError, naming it, for what is no number and for what is infinite.
+    """
     if value is None or value == "":
         return None
     try:
@@ -250,9 +290,9 @@ def number(value: Any, name: str) -> float | None:
         found = float(value)
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name} is {str(value)[:40]!r}, not a number") from None
-    if found != found or found in (float("inf"), float("-inf")):
-        raise ValueError(f"{name} is {found}")
-    return found
+    if math.isinf(found):
+        raise ValueError(f"{name} is {found}, not a finite number")
+    return None if math.isnan(found) else found
 
 
 def embedded(value: Any) -> str | bytes:

@@ -56,7 +56,7 @@ def _read_expert_json(paths: Sequence[Path], request: Request) -> Iterator[Item]
 
 def _read_expert_txt(paths: Sequence[Path], request: Request) -> Iterator[Item]:
     captions = _captions(paths[0].with_name(TOKENS))
-    for line, (picture, caption, *cells) in enumerate(lines(paths[0], 5)):
+    for line, (picture, caption, *cells) in enumerate(lines(paths[0], 5, request.at)):
         if caption.partition("#")[0] == picture:
             continue  # the picture's own caption
         name = f"{Path(picture).stem}/{line}"
@@ -85,7 +85,7 @@ def _read_crowd_json(paths: Sequence[Path], request: Request) -> Iterator[Item]:
 
 def _read_crowd_txt(paths: Sequence[Path], request: Request) -> Iterator[Item]:
     captions = _captions(paths[0].with_name(TOKENS))
-    for line, (picture, caption, share, *_) in enumerate(lines(paths[0], 3)):
+    for line, (picture, caption, share, *_) in enumerate(lines(paths[0], 3, request.at)):
         name = f"{Path(picture).stem}/{line}"
         if caption not in captions:
             yield rejected(name, f"caption {caption} is not in {TOKENS}")

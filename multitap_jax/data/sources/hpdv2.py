@@ -4,11 +4,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from multitap_jax.data.sources.base import Dataset, Draft, Item, Layout, Request, rejected
-from multitap_jax.data.sources.files import read_json
+from multitap_jax.data.sources.files import entries, read_json, told_apart
 
 
-def _drafts(place: int, prompt: str, pictures: Sequence[str], preferences: Sequence[float]) -> Iterator[Item]:
-    group = f"{place:06d}"
+def _drafts(group: str, prompt: str, pictures: Sequence[str], preferences: Sequence[float]) -> Iterator[Item]:
     if len(pictures) != len(preferences):
         yield rejected(group, f"{len(pictures)} pictures, but {len(preferences)} judgements")
         return
@@ -18,15 +17,17 @@ def _drafts(place: int, prompt: str, pictures: Sequence[str], preferences: Seque
 
 
 def _read_rankings(paths: Sequence[Path], request: Request) -> Iterator[Item]:
-    for path in paths:
-        for place, entry in enumerate(read_json(path)):
-            yield from _drafts(place, entry["prompt"], entry["image_path"], [-rank for rank in entry["rank"]])
+    for path, name in zip(paths, told_apart(paths), strict=True):
+        for place, entry in enumerate(entries(path, request.at, read_json(path))):
+            group = f"{name}/{place:06d}"
+            yield from _drafts(group, entry["prompt"], entry["image_path"], [-rank for rank in entry["rank"]])
 
 
 def _read_choices(paths: Sequence[Path], request: Request) -> Iterator[Item]:
-    for path in paths:
-        for place, entry in enumerate(read_json(path)):
-            yield from _drafts(place, entry["prompt"], entry["file_path"], entry["human_preference"])
+    for path, name in zip(paths, told_apart(paths), strict=True):
+        for place, entry in enumerate(entries(path, request.at, read_json(path))):
+            group = f"{name}/{place:06d}"
+            yield from _drafts(group, entry["prompt"], entry["file_path"], entry["human_preference"])
 
 
 HPD = Dataset(

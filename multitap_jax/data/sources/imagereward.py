@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from multitap_jax.data.sources.base import Dataset, Draft, Item, Layout, Request, mapped, rejected
-from multitap_jax.data.sources.files import embedded, number, read_json, rows
+from multitap_jax.data.sources.files import embedded, entries, number, read_json, rows
 
 RATINGS = {
     "overall": "overall_rating",
@@ -19,7 +19,7 @@ RATINGS = {
 
 def _read_rankings(paths: Sequence[Path], request: Request) -> Iterator[Item]:
     for path in paths:
-        for entry in read_json(path):
+        for entry in entries(path, request.at, read_json(path)):
             pictures, ranks = entry["generations"], entry["ranking"]
             if len(pictures) != len(ranks):
                 yield rejected(entry["id"], f"{len(pictures)} pictures, but {len(ranks)} ranks")
@@ -31,7 +31,7 @@ def _read_rankings(paths: Sequence[Path], request: Request) -> Iterator[Item]:
 
 def _read_ratings(paths: Sequence[Path], request: Request) -> Iterator[Item]:
     seen: Counter[str] = Counter()
-    for row in rows(paths):
+    for row in rows(paths, request.at):
         group = str(row["prompt_id"])
         name = f"{group}/{seen[group]}"
         seen[group] += 1
@@ -43,9 +43,8 @@ def _read_ratings(paths: Sequence[Path], request: Request) -> Iterator[Item]:
         except ValueError as error:
             yield rejected(name, str(error))
             continue
-        given = {key: value for key, value in ratings.items() if value is not None}
-        given |= {} if rank is None else {"preference": -rank}
-        yield Draft(name, picture, row["prompt"] or "", score=score, ratings=given, group=group)
+        ratings["preference"] = None if rank is None else -rank
+        yield Draft(name, picture, row["prompt"] or "", score=score, ratings=ratings, group=group)
 
 
 _RATED = frozenset({"prompt_id", "prompt", "rank", "overall_rating"})

@@ -10,7 +10,7 @@ COLUMNS = ("file_name", "image", "mt", "human_score")
 
 
 def _read(paths: Sequence[Path], request: Request) -> Iterator[Item]:
-    for place, row in enumerate(rows(paths, COLUMNS)):
+    for place, row in enumerate(rows(paths, request.at, COLUMNS)):
         name = f"{place:05d}"
         try:
             score = number(row["human_score"], "human_score")

@@ -11,9 +11,9 @@ RATING = "ROUNDED_AVG_USER_RATING"
 
 
 def _read(paths: Sequence[Path], request: Request) -> Iterator[Item]:
-    captions = Counter(row["IMAGE_KEY"] for row in rows(paths))
+    captions = Counter(row["IMAGE_KEY"] for row in rows(paths, request.at, quoted=False))
     seen: Counter[str] = Counter()
-    for row in rows(paths):
+    for row in rows(paths, request.at, quoted=False):
         key = row["IMAGE_KEY"]
         if captions[key] != 2:
             continue

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from multitap_jax.data.sources.base import Dataset, Draft, Item, Layout, Read, Request, mapped, rejected
+from multitap_jax.data.sources.base import Cursor, Dataset, Draft, Item, Layout, Read, Request, mapped, rejected
 from multitap_jax.data.sources.files import embedded, number, rows
 
 HUB = frozenset({"refs", "cand", "img", "human_score"})
@@ -18,9 +18,9 @@ TABLE = frozenset({"mt", "refs", "score", "imgid"})
 STAR_BELOW = 0.5
 
 
-def _judged(paths: Sequence[Path]) -> Iterator[tuple[str, Any, str, Any, float] | Item]:
+def _judged(paths: Sequence[Path], at: Cursor) -> Iterator[tuple[str, Any, str, Any, float] | Item]:
     """(id, picture, candidate, references, score) of each row, whichever form it is in."""
-    for place, row in enumerate(rows(paths)):
+    for place, row in enumerate(rows(paths, at)):
         name, hub = f"{place:06d}", "cand" in row
         try:
             picture = embedded(row["img"]) if hub else _file(row["imgid"])
@@ -39,7 +39,7 @@ def _file(name: str) -> str:
 
 
 def _read(paths: Sequence[Path], request: Request) -> Iterator[Item]:
-    for found in _judged(paths):
+    for found in _judged(paths, request.at):
         if isinstance(found, tuple):
             name, picture, candidate, _, score = found
             yield Draft(name, picture, candidate, score=score)
@@ -48,7 +48,7 @@ def _read(paths: Sequence[Path], request: Request) -> Iterator[Item]:
 
 
 def _read_star(paths: Sequence[Path], request: Request) -> Iterator[Item]:
-    for found in _judged(paths):
+    for found in _judged(paths, request.at):
         if not isinstance(found, tuple):
             yield found
             continue

@@ -1,6 +1,7 @@
 """The table of datasets: what `multitap convert` reads."""
 
 import textwrap
+from pathlib import Path
 
 from multitap_jax.data.sources import (
     align_anything,
@@ -18,6 +19,7 @@ from multitap_jax.data.sources import (
     visionreward,
 )
 from multitap_jax.data.sources.base import Dataset, SourceError
+from multitap_jax.data.sources.files import looking_like
 from multitap_jax.data.tables import nearest
 
 DATASETS: dict[str, Dataset] = {
@@ -50,6 +52,21 @@ def dataset_named(name: str) -> Dataset:
     if name not in DATASETS:
         raise SourceError(f"--dataset={name}: not known{nearest(name, DATASETS)}; known are {', '.join(DATASETS)}")
     return DATASETS[name]
+
+
+def hint(path: Path) -> str:
+    """What to do with public files that were given in the place of records; "" where they are no such files."""
+    if not path.exists():
+        return ""
+    there = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    alike = looking_like(there, DATASETS.values())
+    if not alike:
+        return ""
+    names = " or ".join(f"--dataset={one.name}" for one in alike)
+    return (
+        f"\nThis looks like {' or '.join(one.title for one in alike)} as published, which becomes records first: "
+        f"multitap convert {names} --source={path} --output=RECORDS"
+    )
 
 
 def describe() -> str:

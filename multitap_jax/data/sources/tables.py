@@ -11,7 +11,7 @@ from multitap_jax.data.tables import nearest
 
 
 def _read_agiqa(paths: Sequence[Path], request: Request) -> Iterator[Item]:
-    for row in rows(paths):
+    for row in rows(paths, request.at):
         name = row["name"]
         try:
             ratings = {key.removeprefix("mos_"): number(row[key], key) for key in row if key.startswith("mos_")}
@@ -23,9 +23,15 @@ def _read_agiqa(paths: Sequence[Path], request: Request) -> Iterator[Item]:
 
 def _read_table(paths: Sequence[Path], request: Request) -> Iterator[Item]:
     columns = {**_named_alike(paths), **request.columns}
+    if "ratings" in columns and "ratings" not in request.columns:
+        raise SourceError(
+            f"{paths[0]}: its column 'ratings' holds all ratings in one, as records have them and tables do not. If "
+            "these are records, they need no conversion: every verb takes them as --input. If not, give each rating a "
+            "column of its own, ratings.NAME"
+        )
     _check_columns(paths, columns)
     ratings = {name.removeprefix("ratings."): theirs for name, theirs in columns.items() if name.startswith("ratings.")}
-    for place, row in enumerate(rows(paths)):
+    for place, row in enumerate(rows(paths, request.at)):
         name = f"{place:06d}"
         try:
             name = _text(row, columns, "id") or name
@@ -54,10 +60,13 @@ def _named_alike(paths: Sequence[Path]) -> dict[str, str]:
 
 def _check_columns(paths: Sequence[Path], columns: dict[str, str]) -> None:
     """Raises SourceError for columns that a record does not have, that a file does not have, or that are missing."""
+    known = [name for name in COLUMNS if name != "ratings"]
     for ours in columns:
-        if (ours not in COLUMNS or ours == "ratings") and not (ours.startswith("ratings.") and len(ours) > 8):
-            known = [name for name in COLUMNS if name != "ratings"]
-            raise SourceError(f"--columns={ours}=...: a record has {', '.join(known)} and ratings.NAME")
+        if ours not in known and not (ours.startswith("ratings.") and len(ours) > len("ratings.")):
+            raise SourceError(
+                f"--columns={ours}=...: a record has {', '.join(known)} and ratings.NAME"
+                + "; ratings are named one by one, such as --columns=ratings.tone=tone" * (ours == "ratings")
+            )
     for path in paths:
         there = columns_of(path)
         for ours, theirs in columns.items():

@@ -13,7 +13,7 @@ COLUMNS = ("image", "prompt", "annotation", "meta_result")
 
 
 def _read(paths: Sequence[Path], request: Request) -> Iterator[Item]:
-    for place, row in enumerate(rows(paths, COLUMNS)):
+    for place, row in enumerate(rows(paths, request.at, COLUMNS)):
         name = f"{place:06d}"
         try:
             ratings = {str(key): number(value, key) for key, value in (row["annotation"] or {}).items()}

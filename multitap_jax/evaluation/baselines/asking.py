@@ -83,7 +83,7 @@ class Asker:
     def _batches(self, prompts: Sequence[Pair], window: int, asked: Asked) -> Iterator[tuple[PackedBatch, np.ndarray]]:
         """Packed batches, no wider than their fullest row, with each text's place in `prompts`, -1 for none."""
         for start in range(0, len(prompts), window):
-            found = self._packer.window(prompts[start : start + window])
+            found = self._packer.window(prompts[start : start + window], truncate=None)
             asked.errors[start : start + window] = found.errors
             asked.n_tokens[start : start + window] = found.n_tokens
             for batch in found.batches:

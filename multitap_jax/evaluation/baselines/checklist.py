@@ -12,6 +12,7 @@ import numpy as np
 import scipy.optimize
 import scipy.special
 
+from multitap_jax.data.tables import some
 from multitap_jax.files import json_bytes, write_atomic
 
 _LINE = re.compile(r"(?P<mask>\?\s*)?(?P<name>\w+)(?:\s*\[(?P<when>\w+)\])?\s*:\s*(?P<text>\S.*)")
@@ -189,10 +190,33 @@ class ChecklistWeights:
         write_atomic(Path(path), json_bytes(dict(zip(self.names, map(float, self.coef), strict=True))))
 
     @classmethod
-    def load(cls, path: str | Path) -> "ChecklistWeights":
-        """Reads what `save` wrote."""
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-        return cls(tuple(values), np.asarray(list(values.values()), np.float64))
+    def load(cls, path: str | Path, names: Sequence[str]) -> "ChecklistWeights":
+        """Reads what `save` wrote.
+
+        Args:
+          path: the file.
+          names: of the features that the weights are for, `Checklist.features`; weights come in their order.
+
+        Raises:
+          ChecklistError: no such weights, or weights of other questions.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            found = {name: float(value) for name, value in values.items()}
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            raise ChecklistError(
+                f"{path}: not the weights of a checklist ({error}); fit and save them again"
+            ) from error
+        if wrong := [f"{name} is {value}" for name, value in found.items() if not (value >= 0 and np.isfinite(value))]:
+            raise ChecklistError(f"{path}: weights are finite and not below zero, but {some(wrong)}; fit them again")
+        lacking, others = [n for n in names if n not in found], [n for n in found if n not in names]
+        if lacking or others:
+            wrong = [f"no weight for {some(lacking)}"] * bool(lacking) + [f"weights for {some(others)}"] * bool(others)
+            raise ChecklistError(
+                f"{path}: of another checklist: {' and '.join(wrong)}. Give the checklist that they were fitted with, "
+                "or fit weights for this one"
+            )
+        return cls(tuple(names), np.asarray([found[name] for name in names], np.float64))
 
 
 def _logistic(difference: np.ndarray, penalty: float) -> np.ndarray:

@@ -5,6 +5,9 @@ prefix included, and are only read from then on; a step adds one token to every 
 follows from the one mask rule (`backbones/attention.py`): a new token belongs to its text's run and has a column of its
 own behind the row. Shapes are fixed, so that a batch shape and a number of tokens compile one program. Letters: see
 `batch.py`; T tokens written at most, V vocabulary.
+
+Keys and values that are no numbers would reach, through a masked weight (0 x NaN), what must not see them: they become
+zeros, and the state of every text that does see them becomes NaN. So a failure stays with its text.
 """
 
 import functools
@@ -113,23 +116,36 @@ def greedy(
     return Written(tokens, length, stopped, finite)
 
 
+def _settled(k: jax.Array, v: jax.Array) -> tuple[Memory, jax.Array]:
+    """Keys and values [B, tokens, G, D] with zeros for tokens where they are not numbers; bool[B, tokens], where."""
+    lost = ~(jnp.isfinite(k) & jnp.isfinite(v)).all(axis=(-2, -1))
+    zero = lambda x: jnp.where(lost[..., None, None], jnp.zeros((), x.dtype), x)
+    return Memory(zero(k), zero(v)), lost
+
+
 def read_row(backbone: Backbone, batch: PackedBatch, execution: Execution) -> tuple[jax.Array, Memory]:
-    """Final-norm states float32[B, K, H] at the pools, and the keys and values of every token [L, B, S, G, D]."""
+    """Final-norm states float32[B, K, H] at the pools, and the keys and values of every token [L, B, S, G, D].
+
+    The state of a text that sees a token without numbers is NaN; the others are as if it had stood in another row.
+    """
     x, more, each = backbone.inputs(batch, execution)
     shared = backbone.text.shared(batch, execution)
 
-    def step(x: jax.Array, part: tuple[Any, ...]) -> tuple[jax.Array, Memory]:
+    def step(x: jax.Array, part: tuple[Any, ...]) -> tuple[jax.Array, tuple[Memory, jax.Array]]:
         layer, *own = part
-        seen: list[Memory] = []
+        seen: list[tuple[Memory, jax.Array]] = []
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility) -> jax.Array:
-            seen.append(Memory(k, v))
-            return attention(q, k, v, visibility)
+            seen.append(_settled(k, v))
+            return attention(q, *seen[0][0], visibility)
 
         return layer(x, *shared, *more, *own, attend=attend), seen.pop()
 
-    x, memory = run_groups(step, x, (backbone.text.layers, *each), execution=execution)
-    return backbone.text.pool(x, batch), memory
+    x, (memory, lost) = run_groups(step, x, (backbone.text.layers, *each), execution=execution)
+    runs = jnp.where(lost.any(axis=0), jnp.asarray(batch.segment), 0)[:, None]  # [B, 1, S], 0 for tokens that are whole
+    places = _places(batch)
+    spoilt = (runs > 0) & ((runs == places.segment[..., None]) | (runs == places.prefix[..., None]))
+    return jnp.where(spoilt.any(axis=-1)[..., None], jnp.nan, backbone.text.pool(x, batch)), memory
 
 
 def write_one(
@@ -154,28 +170,29 @@ def write_one(
       execution: see `greedy`.
 
     Returns:
-      float32[B, K, H], final-norm states of the tokens; the memory with them.
+      float32[B, K, H], final-norm states of the tokens, NaN for those without numbers; the memory with them.
     """
     text, texts = backbone.text, token.shape[1]
     position = places.position + 1 + step
     angles = text.config.rope.angles(jnp.stack([position] * 3, axis=-1), text.config.head_dim)
     sees_row, sees_own = _sight(places, batch, step, own.keys.shape[2] // texts)
 
-    def layer_step(x: jax.Array, part: tuple[Any, Memory, Memory]) -> tuple[jax.Array, Memory]:
+    def layer_step(x: jax.Array, part: tuple[Any, Memory, Memory]) -> tuple[jax.Array, tuple[Memory, jax.Array]]:
         layer, row, own = part
-        grown: list[Memory] = []
+        grown: list[tuple[Memory, jax.Array]] = []
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility) -> jax.Array:
             put = lambda memory, new: jax.lax.dynamic_update_slice_in_dim(memory, new, step * texts, 1)
-            mine = Memory(put(own.keys, k), put(own.values, v))
-            grown.append(mine)
+            new, lost = _settled(k, v)
+            mine = Memory(*map(put, own, new))
+            grown.append((mine, lost))
             return attention_in_parts(q, [(*row, sees_row), (*mine, visibility)])
 
         return layer(x, angles, sees_own, attend=attend), grown.pop()
 
     x = text.embed(token, execution.compute_dtype)
-    x, own = run_groups(layer_step, x, (text.layers, row, own), execution=execution)
-    return text.norm(x.astype(jnp.float32)), own
+    x, (own, lost) = run_groups(layer_step, x, (text.layers, row, own), execution=execution)
+    return jnp.where(lost.any(axis=0)[..., None], jnp.nan, text.norm(x.astype(jnp.float32))), own
 
 
 def pick(head: LanguageHead, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:

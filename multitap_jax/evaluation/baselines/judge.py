@@ -84,7 +84,6 @@ class Judge:
             hidden=backbone.config.text.hidden_size,
             batch_tokens=batch_tokens,
             max_length=max_length,
-            truncate=None,
             workers=workers,
         )
         self._ask = Asker(packer)

@@ -53,6 +53,7 @@ def _convert(folder: str | Path, out: str | Path, dtype: jax.typing.DTypeLike, o
         objectives=manifest.objectives,
         source=manifest.backbone.source,
         revision=manifest.backbone.revision,
+        seen=artefact.seen(),
         provenance={**manifest.provenance, "converted": converted},
         dtype=dtype,
         overwrite=overwrite,

@@ -1,6 +1,7 @@
 """The conversion: pictures, wrong folders, wrong counts, and what a kill leaves."""
 
 import json
+import math
 import os
 
 import pytest
@@ -185,9 +186,7 @@ def test_damaged_files(tmp_path):
     path.write_bytes(bytes(content))
     with pytest.raises(SourceError, match=r"(?s)(damaged|no Parquet).*download it again"):
         convert("polaris", tmp_path / "s", tmp_path / "out")
-    assert json.loads((tmp_path / "out/dataset.json").read_text())["complete"] is False
-    with pytest.raises(SourceError, match="the conversion did not end; run the same `multitap convert` again"):
-        read_dataset_note(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     path.unlink()
     polaris(tmp_path / "s")
     assert convert("polaris", tmp_path / "s", tmp_path / "out", allow_subset=True).written == 3
@@ -291,13 +290,96 @@ def test_what_a_kill_left_is_made_whole(tmp_path):
     with pytest.raises(Killed):
         convert("polaris", polaris(tmp_path / "s"), tmp_path / "out", allow_subset=True, advance=kill)
     left = {path.name for path in (tmp_path / "out").iterdir()}
-    assert left == {".lock", "dataset.json", "images"}
+    assert left == {"dataset.json", "images"}
+    with pytest.raises(SourceError, match="the conversion did not end; run the same `multitap convert` again"):
+        read_dataset_note(tmp_path / "out")
     write(tmp_path / "out/records.jsonl.partial", '{"id": "half')
     (old,) = (tmp_path / "out/images").glob("*/*.png")
     write(old.with_name(old.name + ".partial"), b"half")
     old.write_bytes(b"torn")
     done = convert("polaris", tmp_path / "s", tmp_path / "out", allow_subset=True)
     assert (done.written, len(load_records(tmp_path / "out", check_images=True).records)) == (3, 3)
+
+
+def test_public_files_in_the_place_of_records_are_recognised(tmp_path):
+    """Whatever form they have: the message says how they become records."""
+    table(tmp_path / "csv/polaris_test.csv", [{"mt": "x", "refs": "[]", "score": "0", "imgid": "x"}])
+    write(tmp_path / "json/test.json", [{"id": "p", "prompt": "x", "generations": ["a"], "ranking": [1]}])
+    polaris(tmp_path / "hub")
+    row = {"request": "How?", "response": "So.", "image": "a.png"}
+    write(tmp_path / "eye.jsonl", json.dumps(row) + "\n")
+    for path, name in (
+        ("csv/polaris_test.csv", "polaris or --dataset=polaris-star"),
+        ("json/test.json", "imagereward"),
+        ("json", "imagereward"),
+        ("hub", "polaris or --dataset=polaris-star"),
+        ("hub/data/test-00000-of-00001.parquet", "polaris or --dataset=polaris-star"),
+        ("eye.jsonl", "eye4all-multi"),
+    ):
+        with pytest.raises(RecordsError) as caught:
+            load_records(tmp_path / path)
+        asked = f"multitap convert --dataset={name} --source={tmp_path / path} --output=RECORDS"
+        assert str(caught.value).endswith(asked), caught.value
+    write(tmp_path / "mine.csv", "id,image,text,mood\n")
+    for path in ("none.csv", "mine.csv"):
+        with pytest.raises(RecordsError) as caught:
+            load_records(tmp_path / path)
+        assert "convert --dataset" not in str(caught.value)
+
+
+def test_what_fails_leaves_nothing_but_the_reasons(tmp_path):
+    rows = [POLARIS | {"cand": f"cat {i}", "human_score": 1.5 if i < 7 else 0.5} for i in range(20)]
+    parquet(tmp_path / "s/test-00000-of-00001.parquet", rows)
+    with pytest.raises(
+        RecordsError, match=r"(?s)  row 1: human_score 1.5 lies.*and 2 more\n  all of them: .*rejected.jsonl"
+    ):
+        convert("polaris", tmp_path / "s", tmp_path / "out", allow_subset=True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["rejected.jsonl"]
+    assert len((tmp_path / "out/rejected.jsonl").read_text().splitlines()) == 7
+    done = convert("polaris", tmp_path / "s", tmp_path / "out", allow_subset=True, max_rejected=0.5)
+    assert (done.written, done.rejected) == (13, 7)
+    with pytest.raises(SourceError, match="26,122 were published"):
+        convert("polaris", polaris(tmp_path / "t"), tmp_path / "new/out")
+    assert not (tmp_path / "new/out").exists()
+    write(tmp_path / "mine/thesis.txt", "years of work")
+    with pytest.raises(SourceError, match="holds something else"):
+        convert("polaris", tmp_path / "t", tmp_path / "mine", allow_subset=True)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SourceError, match="26,122 were published"):
+        convert("polaris", tmp_path / "t", tmp_path / "empty")
+    assert not list((tmp_path / "empty").iterdir())
+
+
+def test_rows_are_named_as_their_file_counts_them(tmp_path):
+    """Lines of text as an editor shows them, rows of Parquet, entries of JSON; and the file, if there are several."""
+    good, bad = {"image": "a.png", "text": "x\ny"}, {"image": "a.png", "text": "x", "score": "many"}
+    found = {}
+    for suffix, write_rows in (
+        ("csv", table),
+        ("tsv", lambda path, rows: table(path, rows, "\t")),
+        ("jsonl", lambda path, rows: write(path, "".join(json.dumps(row) + "\n\n" for row in rows))),
+        ("parquet", parquet),
+    ):
+        rows = [good | {"score": ""}, bad, good | {"score": ""}, bad]
+        write_rows(tmp_path / suffix / f"mine.{suffix}", rows)
+        convert("table", tmp_path / suffix, tmp_path / f"out-{suffix}", images="none", max_rejected=0.6)
+        lines = (tmp_path / f"out-{suffix}/rejected.jsonl").read_text().splitlines()
+        found[suffix] = [json.loads(line)["line"] for line in lines]
+        unit = "row" if suffix == "parquet" else "line"
+        with pytest.raises(RecordsError, match=f"  {unit} {found[suffix][0]}: score is 'many', not a number"):
+            convert("table", tmp_path / suffix, tmp_path / "none", images="none")
+    assert found == {"csv": [4, 7], "tsv": [4, 7], "jsonl": [3, 7], "parquet": [2, 4]}
+    entry = {"prompt": "p", "image_path": ["a.jpg"], "rank": [1]}
+    write(tmp_path / "hpd/test.json", [entry, entry | {"rank": []}])
+    with pytest.raises(RecordsError, match="  entry 2: 1 pictures, but 0 judgements"):
+        convert("hpdv2", tmp_path / "hpd", tmp_path / "none", images="none")
+    write(tmp_path / "hpd/test_two.json", [entry | {"rank": []}])
+    with pytest.raises(RecordsError, match=r"  entry 1: test_two.json: 1 pictures"):
+        convert("hpdv2", tmp_path / "hpd", tmp_path / "none", images="none")
+    parquet(tmp_path / "records.parquet", [good | {"id": "a"}, good | {"id": "b", "text": ""}])
+    with pytest.raises(RecordsError, match="  row 2: text is missing"):
+        load_records(tmp_path / "records.parquet", need_images=False)
 
 
 def test_two_at_a_time_are_refused(tmp_path):
@@ -361,6 +443,39 @@ def test_values_of_another_kind(tmp_path):
     write(tmp_path / "t/test.json", [{"prompt": "p", "image_path": ["a.png", 5], "rank": [1, 2]}])
     done = convert("hpdv2", tmp_path / "t", tmp_path / "out2", images="none", max_rejected=0.5)
     assert (done.written, list(done.reasons)) == (1, ["picture ... is not a name"])
+
+
+def test_a_missing_number_is_no_bad_row(tmp_path):
+    """NaN, as tables of numbers write it, is missing of its objective alone, and is told; infinity is an error."""
+    row = {"name": "a.jpg", "prompt": "p", "mos_quality": 2.5, "mos_align": 3.0}
+    rows = [
+        row | {"name": f"{n}.jpg"} | extra for n, extra in enumerate([{}, {"mos_align": math.nan}, {"mos_align": ""}])
+    ]
+    table(tmp_path / "s/data.csv", rows)
+    done = convert("agiqa-3k", tmp_path / "s", tmp_path / "out", images="none", allow_subset=True)
+    assert (done.written, done.rejected, done.missing) == (3, 0, {"ratings.align": 2})
+    assert "2 of 3 records have no ratings.align" in str(done)
+    assert json.loads((tmp_path / "out/dataset.json").read_text())["missing"] == {"ratings.align": 2}
+    found = load_records(tmp_path / "out", need_images=False)
+    assert [record.ratings["align"] for record in found.records] == [3.0, None, None]
+    assert [record.ratings["quality"] for record in found.records] == [2.5] * 3
+    for value in ("inf", "-Infinity", "1e999", "three", "1_0"):
+        table(tmp_path / "bad/data.csv", [row, row | {"name": "b.jpg", "mos_align": value}])
+        with pytest.raises(RecordsError, match=r"mos_align is .*, not a (finite )?number"):
+            convert("agiqa-3k", tmp_path / "bad", tmp_path / "none", images="none", allow_subset=True)
+
+
+def test_a_missing_score_leaves_the_other_ratings(tmp_path):
+    """A record without a score is one (it may have ratings); of datasets that have nothing else it is none."""
+    row = {"prompt_id": "p", "prompt": "a cat", "image_path": "a.webp", "rank": 1, "overall_rating": 7.0}
+    rows = [row | {"fidelity_rating": 2.0}, row | {"overall_rating": math.nan, "fidelity_rating": 3.0}]
+    parquet(tmp_path / "s/metadata-train.parquet", rows)
+    convert("imagereward", tmp_path / "s", tmp_path / "out", images="none", split="train", allow_subset=True)
+    records = load_records(tmp_path / "out", need_images=False).records
+    assert [(r.score, r.ratings["overall"], r.ratings["fidelity"]) for r in records] == [
+        (1.0, 7.0, 2.0),
+        (None, None, 3.0),
+    ]
 
 
 def test_columns_are_for_tables(tmp_path):

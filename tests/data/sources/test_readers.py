@@ -93,9 +93,9 @@ def test_composite(tmp_path):
     ]
     write(tmp_path / "s/composite.json", {"dataset": entries})
     found, rejected = records_of("composite", tmp_path / "s", max_rejected=0.5)
-    assert found["00000"]["score"] == 0.5
-    assert found["00000"]["ratings"] == {"correctness": 3.0}
-    assert found["00000"]["text"] == "A cat."
+    assert found["composite/00000"]["score"] == 0.5
+    assert found["composite/00000"]["ratings"] == {"correctness": 3.0}
+    assert found["composite/00000"]["text"] == "A cat."
     assert rejected == ["correctness 0 lies outside the published scale 1 to 5"]
     header = "Input.image_url;Input.text1;Input.text2;Answer.Q1Answer;Answer.Q2Answer\n"
     write(tmp_path / "t/8k_correctness.csv", header + "http://x.org/8k/p.jpg;A cat.;A dog.;5;1\n;;;;\nsum;2\n")
@@ -198,7 +198,7 @@ def test_polaris_parquet(tmp_path):
         ("000000", 0.25),
         ("000001", 0.75),
     ]
-    assert rejected == ["human_score is nan"]
+    assert rejected == ["validation-00001-of-00002.parquet: no human_score"]
     assert len(records_of("polaris", tmp_path / "s", split="train", images=None)[0]) == 1
     with pytest.raises(SourceError, match=r"no file of the split 'test' of Polaris.*validation \(2\)"):
         records_of("polaris", tmp_path / "s")
@@ -261,6 +261,10 @@ def test_oid_star(tmp_path):
     content = [dict(zip(names, row, strict=True)) for row in rows]
     table(tmp_path / "s/OID-rated-image-captions.v2.dev.alignment.tsv", content, delimiter="\t")
     found, _ = records_of("oid-star", tmp_path / "s")
+    path = tmp_path / "t/OID-rated-image-captions.v2.dev.alignment.tsv"
+    captions = ['"Stop" is written on it', 'a 5" pipe, "so to speak']
+    write(path, "\t".join(names) + "\n" + "".join(f"k1\t{caption}\t0.5\n" for caption in captions))
+    assert [r["text"] for r in records_of("oid-star", tmp_path / "t")[0].values()] == captions  # it has no quoting
     assert {name: (r["score"], r["group"]) for name, r in found.items()} == {
         "k1/0": (0.9, "oid-star/validation/k1"),
         "k1/1": (0.1, "oid-star/validation/k1"),
@@ -307,6 +311,27 @@ def test_hpdv2(tmp_path):
     chosen, _ = records_of("hpdv2", tmp_path / "s", split="train")
     assert [r["ratings"]["preference"] for r in ranked.values()] == [-1.0, -2.0]
     assert [r["ratings"]["preference"] for r in chosen.values()] == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("files", "ids"),
+    [
+        (("test_anime.json", "test_photo.json"), ("test_anime/000000", "test_photo/000000")),
+        (("a/test.json", "b/test.json"), ("a/test/000000", "b/test/000000")),
+    ],
+)
+def test_records_of_two_files_are_not_one(tmp_path, files, ids):
+    entry = {"prompt": "p", "image_path": ["a.jpg", "b.jpg"], "rank": [1, 2]}
+    for name in files:
+        write(tmp_path / "s" / name, [entry])
+    found, rejected = records_of("hpdv2", tmp_path / "s")
+    assert not rejected
+    assert list(found) == [f"{name}/{side}" for name in ids for side in (0, 1)]
+    assert {record["group"] for record in found.values()} == {f"hpdv2/test/{name}" for name in ids}
+    rated = {"dataset": [{"image": "a.jpg", "caption": "x", "human": 3}]}
+    for name in ("x/composite.json", "y/composite.json"):
+        write(tmp_path / "c" / name, rated)
+    assert list(records_of("composite", tmp_path / "c")[0]) == ["x/composite/00000", "y/composite/00000"]
 
 
 def test_visionreward_dimensions_come_from_the_data(tmp_path):
@@ -383,19 +408,28 @@ def test_a_table_of_ones_own(tmp_path):
     rows = [
         {"file": "a.jpg", "caption": "a cat", "mos": "3.5", "tone": ""},
         {"file": "a.jpg", "caption": "x", "mos": "nan", "tone": "1"},
+        {"file": "a.jpg", "caption": "y", "mos": "inf", "tone": "1"},
     ]
     table(tmp_path / "s/mine.csv", rows)
     write(tmp_path / "s/a.jpg", picture(1))
     columns = {"text": "caption", "image": "file", "score": "mos", "ratings.tone": "tone"}
     found, rejected = records_of("table", tmp_path / "s", images=None, columns=columns, max_rejected=0.5)
+    common = {"image": "images/a.jpg"}
     assert found == {
-        "000000": {"id": "000000", "image": "images/a.jpg", "text": "a cat", "score": 3.5, "ratings": {"tone": None}}
+        "000000": common | {"id": "000000", "text": "a cat", "score": 3.5, "ratings": {"tone": None}},
+        "000001": common | {"id": "000001", "text": "x", "ratings": {"tone": 1.0}},
     }
-    assert rejected == ["mos is nan"]
+    assert rejected == ["mos is inf, not a finite number"]
     with pytest.raises(SourceError, match="--columns=text=captoin: no such column; did you mean 'caption'"):
         records_of("table", tmp_path / "s", columns=columns | {"text": "captoin"})
     with pytest.raises(SourceError, match="which column is the text"):
         records_of("table", tmp_path / "s", columns={"image": "file"})
+    with pytest.raises(SourceError, match=r"--columns=ratings=...: a record has .*ratings are named one by one"):
+        records_of("table", tmp_path / "s", columns=columns | {"ratings": "tone"})
+    record = {"id": "q", "image": "a.jpg", "text": "t", "ratings": {"x": 2}}
+    write(tmp_path / "r/mine.jsonl", json.dumps(record) + "\n")
+    with pytest.raises(SourceError, match=r"mine.jsonl: its column 'ratings' holds all .* need no conversion"):
+        records_of("table", tmp_path / "r")
     with pytest.raises(SourceError, match="--columns=caption=...: a record has id, image"):
         records_of("table", tmp_path / "s", columns={"caption": "caption"})
     write(tmp_path / "t/mine.jsonl", json.dumps({"id": "q", "image": "a.jpg", "text": "t", "ratings.x": 2}) + "\n")

@@ -1,5 +1,7 @@
 """Checklists: what a file says, what counts, and weights against scikit-learn."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -110,9 +112,35 @@ def test_weights_below_zero_are_left_out_and_the_rest_fitted_again(tmp_path):
     assert not kept[1]
     np.testing.assert_allclose(weights.coef[kept], logistic_of_scikit_learn(difference[:, kept], 1.0), rtol=1e-5)
     weights.save(tmp_path / "weights.json")
-    loaded = ChecklistWeights.load(tmp_path / "weights.json")
+    loaded = ChecklistWeights.load(tmp_path / "weights.json", "abcd")
     assert loaded.names == tuple("abcd")
     np.testing.assert_array_equal(loaded.coef, weights.coef)
+    turned = ChecklistWeights.load(tmp_path / "weights.json", "dcba")  # a list in another order is the same list
+    np.testing.assert_allclose(turned.score(features[:, ::-1]), weights.score(features))
+
+
+@pytest.mark.parametrize(
+    ("content", "names", "message"),
+    [
+        ({"a": 1.0, "b": 0.0}, "ab", None),
+        ({"a": 1.0, "b": 0.0}, "ac", "no weight for c and weights for b"),
+        ({"a": 1.0, "b": 0.0}, "a", "of another checklist: weights for b"),
+        ({"a": 1.0}, "abcde", "no weight for b, c, d and 1 more"),
+        ({"a": -1.0}, "a", "not below zero, but a is -1"),
+        ({"a": float("nan")}, "a", "but a is nan"),
+        ({"a": "many"}, "a", "not the weights of a checklist"),
+        ([1.0], "a", "not the weights of a checklist"),
+    ],
+)
+def test_weights_are_for_the_questions_that_they_were_fitted_with(tmp_path, content, names, message):
+    (tmp_path / "weights.json").write_text(json.dumps(content))
+    if message is None:
+        assert ChecklistWeights.load(tmp_path / "weights.json", names).names == tuple(names)
+        return
+    with pytest.raises(ChecklistError, match=message):
+        ChecklistWeights.load(tmp_path / "weights.json", names)
+    with pytest.raises(ChecklistError, match="none.json: not the weights"):
+        ChecklistWeights.load(tmp_path / "none.json", names)
 
 
 def test_a_question_that_only_misleads_leaves_nothing():

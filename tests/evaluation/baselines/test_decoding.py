@@ -108,6 +108,41 @@ def test_nan_is_noticed(model, rows):
     assert not np.asarray(found.finite)[batch.record >= 0].any()
 
 
+def poisoned(model, token: int):
+    """A model in which a token is no number."""
+    backbone = jax.tree.map(lambda x: x, model[0])
+    table = backbone.text.embed.embedding
+    table[...] = table[...].at[token].set(jnp.nan)
+    return backbone, model[1]
+
+
+def decoded(model, batch, **options):
+    """Continuations of all texts, and which of them are whole."""
+    found = greedy(*model, batch, max_new_tokens=NEW, stop=(), execution=Execution(**options))
+    return np.asarray(found.tokens)[batch.record >= 0], np.asarray(found.finite)[batch.record >= 0]
+
+
+@pytest.mark.parametrize("options", [{}, {"attention": "blockwise"}, {"layers": "loop"}], ids=str)
+@pytest.mark.parametrize("where", ["text", "prefix", "written"])
+def test_nan_of_one_text_stays_with_it(model, rows, where, options):
+    """Read as a part of its text, of the prefix of its group, or written by itself: the others never learn of it."""
+    used = {token for row in rows for group in row for text in [group.prefix, *group.texts] for token in text}
+    free = next(token for token in range(100) if token not in used)
+    clean, _ = decoded(model, pack(rows, spare=1), **options)
+    token, changed, lost = free, rows, [1] if where == "text" else [0, 1, 2]
+    if where == "written":  # one that a single text writes, and reads again
+        writers = {t: np.flatnonzero((clean == t).any(axis=1)).tolist() for t in clean[:, : NEW - 1].flat}
+        token, lost = next((t, found) for t, found in writers.items() if t not in used and len(found) == 1)
+    else:
+        group = rows[0][0]
+        texts = [[free, *text[1:]] if where == "text" and n == 1 else text for n, text in enumerate(group.texts)]
+        prefix = [free, *group.prefix[1:]] if where == "prefix" else group.prefix
+        changed = [[Group(prefix, group.images, texts), *rows[0][1:]], *rows[1:]]
+    tokens, finite = decoded(poisoned(model, int(token)), pack(changed, spare=1), **options)
+    np.testing.assert_array_equal(np.flatnonzero(~finite), lost)
+    np.testing.assert_array_equal(tokens[finite], clean[finite])
+
+
 def test_attention_in_parts_is_attention_over_all():
     rng = np.random.default_rng(3)
     shape = (2, 9, 4, 8)

@@ -5,6 +5,8 @@ import importlib
 import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -197,6 +199,25 @@ def test_a_pair_that_cannot_be_asked_has_an_error_in_its_place(judge, tmp_path):
     assert found[0].texts[1:] == [None] * 4
     for numbers in (found[0].scores, found[1].p_yes, found[2].scores, found[3].p_yes):
         assert np.isnan(numbers[1:]).all()
+
+
+def test_nan_of_one_pair_is_the_failure_of_that_pair_alone(judge, monkeypatch):
+    texts = ["a red ball", "the box is far", "a ball"]
+    own = set(tokenizer().encode(fill(VERDICT, texts[1], None)))
+    others = {token for n in (0, 2) for token in tokenizer().encode(fill(VERDICT, texts[n], None))}
+    arguments = {"images": [WIDE] * 3, "texts": texts, "max_new_tokens": NEW}
+    whole = judge.verdicts(**arguments)
+    written = {token for text in whole.texts for token in tokenizer().encode(text)}
+    backbone, head = jax.tree.map(lambda x: x, judge._model)
+    table = backbone.text.embed.embedding
+    table[...] = table[...].at[min(own - others - written)].set(jnp.nan)
+    monkeypatch.setattr(judge, "_model", (backbone, head))
+    found = judge.verdicts(**arguments)
+    assert "NaN or infinity" in found.errors[1]
+    assert (found.texts[1], found.n_written[1], found.n_tokens[1]) == (None, 0, 0)
+    for index in (0, 2):
+        assert found.errors[index] is None
+        assert found.texts[index] == whole.texts[index]
 
 
 def test_what_cannot_be_asked_is_refused(judge, saved, tmp_path):
