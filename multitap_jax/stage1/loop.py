@@ -29,6 +29,9 @@ from multitap_jax.stage1.profiling import Profile
 from multitap_jax.stage1.progress import Display, brief
 from multitap_jax.stage1.step import Metrics, TrainState
 
+TrainStep = Callable[..., tuple[TrainState, Metrics]]
+EvalStep = Callable[[nnx.State, nnx.State, PackedBatch], tuple[jax.Array, jax.Array, jax.Array]]
+
 
 class Dataset(Protocol):
     """What the loop needs of `PackedDataset`: in every process the same batches, of one shape, but for `patches`."""
@@ -70,8 +73,8 @@ class Loop:
     mesh: Mesh
     dataset: Dataset
     eval_dataset: Dataset | None
-    train_step: Callable[..., tuple[TrainState, Metrics]]
-    eval_step: Callable[[nnx.State, nnx.State, PackedBatch], tuple[jax.Array, jax.Array, jax.Array]]
+    train_step: TrainStep
+    eval_step: EvalStep
     frozen: nnx.State
     checkpoints: Checkpoints
     policy: SavePolicy

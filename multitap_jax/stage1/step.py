@@ -124,6 +124,37 @@ def settled(grads: Any) -> Any:
     return jax.lax.optimization_barrier(grads)
 
 
+def _make_gradients(
+    graph: nnx.GraphDef, execution: Execution, objective: Objective, accumulation: int
+) -> Callable[[nnx.State, nnx.State, PackedBatch, Array | None], tuple[Any, jax.Array, jax.Array, jax.Array]]:
+    """`gradients(trainable, frozen, cells, group) -> gradients of the sum, sum, terms, logits[micro, ...]`."""
+
+    def loss(
+        trainable: nnx.State, frozen: nnx.State, cell: PackedBatch, group: Array | None
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        logits = forward(nnx.merge(graph, trainable, frozen), cell, execution)
+        total, count = objective.sums(logits, cell, group)
+        return total, (total, count, logits)
+
+    def accumulate(
+        trainable: nnx.State, frozen: nnx.State, cells: PackedBatch, group: Array | None
+    ) -> tuple[Any, Any, Any, jax.Array]:
+        gradient = jax.grad(loss, has_aux=True)
+        if accumulation == 1:  # no second copy of the gradients
+            grads, (total, count, logits) = gradient(trainable, frozen, jax.tree.map(lambda x: x[0], cells), group)
+            return grads, total, count, logits[None]
+
+        def add(sums, cell):
+            grads, (total, count, logits) = gradient(trainable, frozen, cell, group)
+            return jax.tree.map(jnp.add, sums, (grads, total, count)), logits
+
+        zero = (jax.tree.map(jnp.zeros_like, trainable), jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
+        (grads, total, count), logits = jax.lax.scan(add, zero, cells)
+        return grads, total, count, logits
+
+    return accumulate
+
+
 def make_train_step(
     partition: Partition,
     optimizer: optax.GradientTransformation,
@@ -151,33 +182,11 @@ def make_train_step(
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(partition, optimizer, mesh, offload=offload))
     near = jax.tree.map(lambda x: x.sharding, abstract_state(partition, optimizer, mesh).opt_state)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-
-    def loss(
-        trainable: nnx.State, frozen: nnx.State, cell: PackedBatch, group: Array | None
-    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        logits = forward(nnx.merge(partition.graph, trainable, frozen), cell, execution)
-        total, count = objective.sums(logits, cell, group)
-        return total, (total, count, logits)
-
-    def accumulate(
-        trainable: nnx.State, frozen: nnx.State, cells: PackedBatch, group: Array | None
-    ) -> tuple[Any, Any, Any, jax.Array]:
-        gradient = jax.grad(loss, has_aux=True)
-        if accumulation == 1:  # no second copy of the gradients
-            grads, (total, count, logits) = gradient(trainable, frozen, jax.tree.map(lambda x: x[0], cells), group)
-            return grads, total, count, logits[None]
-
-        def add(sums, cell):
-            grads, (total, count, logits) = gradient(trainable, frozen, cell, group)
-            return jax.tree.map(jnp.add, sums, (grads, total, count)), logits
-
-        zero = (jax.tree.map(jnp.zeros_like, trainable), jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
-        (grads, total, count), logits = jax.lax.scan(add, zero, cells)
-        return grads, total, count, logits
+    gradients = _make_gradients(partition.graph, execution, objective, accumulation)
 
     def step(state: TrainState, frozen: nnx.State, batch: PackedBatch, *group: Array) -> tuple[TrainState, Metrics]:
         cells = split_cells(batch, shards, accumulation, partition.block)
-        grads, total, count, logits = accumulate(state.trainable, frozen, cells, *(group or (None,)))
+        grads, total, count, logits = gradients(state.trainable, frozen, cells, *(group or (None,)))
         grads = settled(grads) if on_cpu else grads
         terms = jnp.maximum(count, 1.0)
         grads = jax.tree.map(lambda g: g / terms, grads)
@@ -188,18 +197,13 @@ def make_train_step(
             state = dataclasses.replace(state, opt_state=jax.device_put(state.opt_state, near))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         new = TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), opt_state)
-        logits = join_cells(logits)
-        counted = batch.weight > 0
-        scores, pairs = jnp.where(counted, jax.nn.sigmoid(logits), 0.0), jnp.sum(batch.weight)
         metrics = {
             "loss": mean,
             "grad_norm": norm,
             "lr": jnp.asarray(schedule(state.step), jnp.float32),
-            "mean_score": jnp.sum(scores) / jnp.maximum(pairs, 1.0),
-            "pairs": pairs,
             "terms": count,
             "finite": finite,
-            "bad": counted & ~jnp.isfinite(logits),
+            **_score_metrics(join_cells(logits), batch),
         }
         return jax.tree.map(lambda kept, put: jnp.where(update, put, kept), state, new), metrics
 
@@ -209,6 +213,14 @@ def make_train_step(
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
+
+
+def _score_metrics(logits: jax.Array, batch: PackedBatch) -> Metrics:
+    """What is known of the scores of float32[B, K] logits."""
+    counted = jnp.asarray(batch.weight) > 0
+    scores, pairs = jnp.where(counted, jax.nn.sigmoid(logits), 0.0), jnp.sum(jnp.asarray(batch.weight))
+    mean = jnp.sum(scores) / jnp.maximum(pairs, 1.0)
+    return {"mean_score": mean, "pairs": pairs, "bad": counted & ~jnp.isfinite(logits)}
 
 
 def make_eval_step(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 from jax.sharding import Mesh
 
 from multitap_jax.backbones import Execution
@@ -20,7 +21,7 @@ from multitap_jax.flops import Work, count_work, peak_flops, train_flops
 from multitap_jax.parallel.distributed import agree, is_main_process
 from multitap_jax.parallel.mesh import HOST_MEMORY, make_mesh
 from multitap_jax.reward import RewardModel
-from multitap_jax.stage1.loop import Dataset, Loop, sigterm
+from multitap_jax.stage1.loop import Dataset, EvalStep, Loop, TrainStep, sigterm
 from multitap_jax.stage1.metrics import MetricsLog, Recorder
 from multitap_jax.stage1.objective import make_objective
 from multitap_jax.stage1.optimizer import make_optimizer, make_schedule
@@ -29,7 +30,7 @@ from multitap_jax.stage1.progress import Display, summary
 from multitap_jax.stage1.record import write_run_record
 from multitap_jax.stage1.spikes import SpikeWatch
 from multitap_jax.stage1.step import TrainState, abstract_state, init_state, make_eval_step, make_train_step
-from multitap_jax.stage1.trainable import partition
+from multitap_jax.stage1.trainable import Partition, partition
 from multitap_jax.weights.sources import HUB
 
 # Folders in the working directory.
@@ -94,20 +95,10 @@ def train(
     _check(config, mesh, eval_dataset)
     workdir.mkdir(parents=True, exist_ok=True)
     split, total, offload = partition(model, config.trainable.parts), dataset.num_steps, config.optimizer.offload
-    optimizer, schedule = make_optimizer(config.optimizer, total), make_schedule(config.optimizer, total)
-    execution = Execution(dtype=config.model.dtype, remat=config.model.remat, attention=config.model.attention)
+    optimizer = make_optimizer(config.optimizer, total)
     target = abstract_state(split, optimizer, mesh, offload=offload)
     messages: list[str] = []
-    identity = _identity(config, dataset, checksum(split.frozen))
-    checkpoints = Checkpoints(
-        workdir / CHECKPOINTS,
-        keep=config.checkpoint.keep,
-        keep_best=config.checkpoint.keep_best,
-        best_by=_judged_by(config, eval_dataset),
-        identity=identity,
-        report=messages.append,
-    )
-    agree({**dotted(config), **identity, "weights": checksum(split.trainable), "checkpoints": checkpoints.steps()})
+    checkpoints = _checkpoints(config, workdir, dataset, eval_dataset, split, messages.append)
     profile = Profile(workdir / PROFILE, *config.profile)
     with contextlib.closing(checkpoints), contextlib.closing(profile), sigterm() as asked_to_stop:
         restored = checkpoints.restore(target)
@@ -121,22 +112,14 @@ def train(
         with Display(total, start, enabled=main) as display:
             for message in messages + ([f"going on after step {start} of {total}"] if restored else []):
                 display.say(message)
+            train_step, eval_step = _steps(config, split, optimizer, total, mesh)
             loop = Loop(
                 config=config,
                 mesh=mesh,
                 dataset=dataset,
                 eval_dataset=eval_dataset,
-                train_step=make_train_step(
-                    split,
-                    optimizer,
-                    schedule,
-                    execution,
-                    mesh,
-                    accumulation=config.accumulation,
-                    offload=offload,
-                    objective=make_objective(config),
-                ),
-                eval_step=make_eval_step(split, execution, mesh),
+                train_step=train_step,
+                eval_step=eval_step,
                 frozen=split.frozen,
                 checkpoints=checkpoints,
                 policy=SavePolicy(config.checkpoint, clock),
@@ -157,6 +140,46 @@ def train(
     return TrainResult(
         step, step - start, done, split.model(state.trainable), log.evaluations().get(judged) if done else None
     )
+
+
+def _checkpoints(
+    config: TrainConfig,
+    workdir: Path,
+    dataset: Dataset,
+    eval_dataset: Dataset | None,
+    split: Partition,
+    report: Callable[[str], None],
+) -> Checkpoints:
+    """Those of the run, once all processes agree on which run it is."""
+    identity = _identity(config, dataset, checksum(split.frozen))
+    checkpoints = Checkpoints(
+        workdir / CHECKPOINTS,
+        keep=config.checkpoint.keep,
+        keep_best=config.checkpoint.keep_best,
+        best_by=_judged_by(config, eval_dataset),
+        identity=identity,
+        report=report,
+    )
+    agree({**dotted(config), **identity, "weights": checksum(split.trainable), "checkpoints": checkpoints.steps()})
+    return checkpoints
+
+
+def _steps(
+    config: TrainConfig, split: Partition, optimizer: optax.GradientTransformation, total: int, mesh: Mesh
+) -> tuple[TrainStep, EvalStep]:
+    """The two compiled steps of the loop."""
+    execution = Execution(dtype=config.model.dtype, remat=config.model.remat, attention=config.model.attention)
+    train_step = make_train_step(
+        split,
+        optimizer,
+        make_schedule(config.optimizer, total),
+        execution,
+        mesh,
+        accumulation=config.accumulation,
+        offload=config.optimizer.offload,
+        objective=make_objective(config),
+    )
+    return train_step, make_eval_step(split, execution, mesh)
 
 
 def _check(config: TrainConfig, mesh: Mesh, eval_dataset: Dataset | None) -> None:
