@@ -4,8 +4,9 @@ Pairs arrive in windows. In a window, pairs that share an image (by content) and
 order; each batch records which pairs of the window it holds, so results go back to their places.
 """
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from multitap_jax.data.packing import Example, group_examples, pack
 from multitap_jax.data.placement import Group, need, place
 from multitap_jax.data.prompts import Encoded, PromptError, SupportsEncode
 from multitap_jax.data.shapes import ShapeBook, choose_row_length, images_per_row, texts_per_row, vision_length
+from multitap_jax.parallel.host import cores
 
 
 class Pair(NamedTuple):
@@ -61,7 +63,7 @@ class StreamPacker:
         from the row, each of their patches counts as one.
       max_length: longest pair in tokens, image tokens included.
       cells: data shards of the mesh.
-      workers: threads that decode images.
+      workers: threads that decode images; None: one for each core this process may use, from 4 to 16.
 
     Attributes:
       book: the shapes handed out so far.
@@ -77,24 +79,44 @@ class StreamPacker:
         batch_tokens: int = 16384,
         max_length: int = 2048,
         cells: int = 1,
-        workers: int = 4,
+        workers: int | None = None,
     ):
         self._prompter, self._reader, self._vision = prompter, reader, vision
         self._hidden, self._cells = hidden, cells
         self.batch_tokens, self.max_length = batch_tokens, max_length
         self.book = ShapeBook(hidden, cells, vision.layout.block[0])
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+        self._encoding = threading.Lock()
+        self._pool = ThreadPoolExecutor(workers or min(max(cores(), 4), 16), thread_name_prefix="decode")
 
     def window(self, pairs: Sequence[Pair], *, truncate: bool | None = False) -> Window:
         """Prepares a window; its batches are packed as they are asked for.
 
         Texts that are too long are cut with `truncate`, else they get an error; None: they must not be cut.
         """
-        images, failures = self._decode(pairs)
+        return next(self.windows([pairs], truncate=truncate))
+
+    def windows(self, lists: Iterable[Sequence[Pair]], *, truncate: bool | None = False) -> Iterator[Window]:
+        """A window for each list; the pictures of the next are being decoded while one is packed and used."""
+        waiting: tuple[Sequence[Pair], dict[Hashable, Future[ImagePatches | str]]] | None = None
+        for pairs in lists:
+            upcoming = pairs, self._decode(pairs)
+            if waiting is not None:
+                yield self._prepare(*waiting, truncate)
+            waiting = upcoming
+        if waiting is not None:
+            yield self._prepare(*waiting, truncate)
+
+    def _prepare(
+        self, pairs: Sequence[Pair], decoded: dict[Hashable, "Future[ImagePatches | str]"], truncate: bool | None
+    ) -> Window:
+        results = {source: future.result() for source, future in decoded.items()}
+        images = {source: found for source, found in results.items() if isinstance(found, ImagePatches)}
+        failures = {source: found for source, found in results.items() if isinstance(found, str)}
         out = Window([None] * len(pairs), [0] * len(pairs), [False] * len(pairs), [None] * len(pairs))
-        encoded = self._prompter.encode(
-            [p.text for p in pairs], [p.request for p in pairs], [len(p.images) for p in pairs]
-        )
+        with self._encoding:  # a tokenizer that is used by two threads at once may refuse
+            encoded = self._prompter.encode(
+                [p.text for p in pairs], [p.request for p in pairs], [len(p.images) for p in pairs]
+            )
         grids: dict[Hashable, Grid] = {image.key: image.grid for image in images.values()}
         examples: list[Example] = []
         usable: list[int] = []
@@ -147,8 +169,8 @@ class StreamPacker:
         examples.append(Example(item.prefix, text, keys))
         return None
 
-    def _decode(self, pairs: Sequence[Pair]) -> tuple[dict[Hashable, ImagePatches], dict[Hashable, str]]:
-        """Decodes each distinct source once: source identity -> image, and -> error."""
+    def _decode(self, pairs: Sequence[Pair]) -> dict[Hashable, "Future[ImagePatches | str]"]:
+        """Begins to decode each distinct source: source identity -> image, or what is wrong with it."""
         sources = {_identity(source): source for pair in pairs for source in pair.images}
 
         def read(source: Any) -> ImagePatches | str:
@@ -157,14 +179,7 @@ class StreamPacker:
             except (ImageError, OSError) as error:
                 return str(error)
 
-        images: dict[Hashable, ImagePatches] = {}
-        failures: dict[Hashable, str] = {}
-        for key, result in zip(sources, self._pool.map(read, sources.values()), strict=True):
-            if isinstance(result, str):
-                failures[key] = result
-            else:
-                images[key] = result
-        return images, failures
+        return {identity: self._pool.submit(read, source) for identity, source in sources.items()}
 
     def _batches(
         self,

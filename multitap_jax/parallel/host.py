@@ -42,6 +42,11 @@ def keep_freed_memory() -> None:
         mallopt(parameter, value)
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 # What libtpu would otherwise ask the network and the machine for, at length and in vain where there is no TPU.
 _NO_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",

@@ -11,7 +11,6 @@ results find their pair by the index that each batch carries, so nothing depends
 
 import dataclasses
 import functools
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -61,7 +60,7 @@ class Scorer:
       truncate: cut the tail of longer texts, where a call does not say otherwise.
       attention: attention backend, see `backbones/attention.py`.
       mesh: devices to spread batches and parameters over (`parallel.mesh.make_mesh`); None is one device.
-      workers: threads that decode pictures.
+      workers: threads that decode pictures; None: one for each core, from 4 to 16.
 
     Attributes:
       artefact: the artefact.
@@ -82,7 +81,7 @@ class Scorer:
         truncate: bool = False,
         attention: str = "auto",
         mesh: jax.sharding.Mesh | None = None,
-        workers: int = 4,
+        workers: int | None = None,
     ):
         if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r}: expected {' or '.join(DTYPES)}")
@@ -111,7 +110,6 @@ class Scorer:
         self._weights = jax.device_put((model, *(np.asarray(head, np.float32) for head in heads)), shardings)
         self._mesh = mesh
         self._execution = Execution(dtype=dtype, attention=attention, mesh=mesh)
-        self._packing = threading.Lock()
 
     @classmethod
     def from_pretrained(
@@ -288,16 +286,22 @@ class Scorer:
     ) -> Iterator[tuple[Results, PackedBatch | None, np.ndarray | None]]:
         """Packed batches with the index int32[B, K] of the pair behind each of their texts, -1 for none; two Nones
         after the last batch of a list."""
-        truncate = self.truncate if truncate is None else truncate
-        for pairs in lists:
-            results = Results.empty(len(pairs), len(self.names), self.artefact.hidden_size if embeddings else 0)
-            for start in range(0, len(pairs), window):
-                with self._packing:
-                    found = self._packer.window(pairs[start : start + window], truncate=truncate)
-                results.note(start, found)
-                for batch in found.batches:
-                    yield results, batch, np.where(batch.record >= 0, batch.record + start, -1)
-            yield results, None, None
+        places: deque[tuple[Results, int, bool]] = deque()
+
+        def windows() -> Iterator[Sequence[Pair]]:
+            for pairs in lists:
+                results = Results.empty(len(pairs), len(self.names), self.artefact.hidden_size if embeddings else 0)
+                for start in range(0, max(len(pairs), 1), window):
+                    places.append((results, start, start + window >= len(pairs)))
+                    yield pairs[start : start + window]
+
+        for found in self._packer.windows(windows(), truncate=self.truncate if truncate is None else truncate):
+            results, start, last = places.popleft()
+            results.note(start, found)
+            for batch in found.batches:
+                yield results, batch, np.where(batch.record >= 0, batch.record + start, -1)
+            if last:
+                yield results, None, None
 
     def _compute(self, batch: PackedBatch, embeddings: bool, occupancy: Occupancy | None) -> Any:
         """Starts a batch; the arrays that come back are not yet computed."""

@@ -66,7 +66,7 @@ class Judge:
         batch_tokens: int = 16384,
         max_length: int = 4096,
         attention: str = "auto",
-        workers: int = 4,
+        workers: int | None = None,
     ):
         processing = Processing.from_folder(folder, contract)
         if processing.vision.layout.apart:
