@@ -8,6 +8,7 @@ import hashlib
 import os
 import threading
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ from multitap_jax.data.decode import (
     source_name,
 )
 from multitap_jax.data.layouts import Grid, Layout
+from multitap_jax.parallel.host import cores
 
 MAX_ASPECT = 200
 
@@ -38,6 +40,11 @@ class ImagePatches(NamedTuple):
     patches: np.ndarray
     grid: Grid
     key: str
+
+
+def decoding_pool(workers: int | None = None) -> ThreadPoolExecutor:
+    """Threads that decode pictures, which mostly happens outside of Python's lock; None: one a core, from 4 to 16."""
+    return ThreadPoolExecutor(workers or min(max(cores(), 4), 16), thread_name_prefix="decode")
 
 
 class ImageReader:

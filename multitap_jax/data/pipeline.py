@@ -17,7 +17,7 @@ import numpy as np
 from multitap_jax.batch import PackedBatch
 from multitap_jax.data.decode import ImageError
 from multitap_jax.data.groups import Links
-from multitap_jax.data.images import ImagePatches, ImageReader
+from multitap_jax.data.images import ImagePatches, ImageReader, decoding_pool
 from multitap_jax.data.layouts import Vision
 from multitap_jax.data.packing import Example, Shape, group_examples, pack
 from multitap_jax.data.placement import Cell, Need, need, place
@@ -83,7 +83,7 @@ class PackedDataset:
         self._data, self._reader, self._vision, self._cells = prepared, reader, vision, cells
         self._own = range(cells) if own is None else own
         self._on_failure = on_failure
-        self._lock = threading.Lock()
+        self._lock, self._pool = threading.Lock(), decoding_pool()
         self._told: set[Hashable] = set()
         numbers: dict[tuple, int] = {}
         groups = [numbers.setdefault((e.images, e.prefix.tobytes()), len(numbers)) for e in prepared.examples]
@@ -188,12 +188,9 @@ class PackedDataset:
         (groups, prefixes), cells, _ = self._place(self._plan[step])
         broken: set[Hashable] = set()
         mine = {key for cell in self._own for row in cells[cell].vision for key in row}
-        images = {
-            key: self._read(key, broken) if key in mine else self._blank(key, 0)
-            for cell in cells
-            for row in cell.vision
-            for key in row
-        }
+        every = dict.fromkeys(key for cell in cells for row in cell.vision for key in row)
+        decoding = {key: self._pool.submit(self._read, key, broken) for key in every if key in mine}
+        images = {key: decoding[key].result() if key in decoding else self._blank(key, 0) for key in every}
         if broken:
             examples = [e._replace(weight=0.0) if broken.intersection(e.images) else e for e in examples]
         return pack(examples, images, groups, prefixes, cells, self.shape, self._vision, mine=self._own)

@@ -6,7 +6,7 @@ order; each batch records which pairs of the window it holds, so results go back
 
 import threading
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,13 +15,12 @@ import numpy as np
 
 from multitap_jax.batch import PackedBatch
 from multitap_jax.data.decode import ImageError
-from multitap_jax.data.images import ImagePatches, ImageReader
+from multitap_jax.data.images import ImagePatches, ImageReader, decoding_pool
 from multitap_jax.data.layouts import Grid, Vision
 from multitap_jax.data.packing import Example, group_examples, pack
 from multitap_jax.data.placement import Group, need, place
 from multitap_jax.data.prompts import Encoded, PromptError, SupportsEncode
 from multitap_jax.data.shapes import ShapeBook, choose_row_length, images_per_row, texts_per_row, vision_length
-from multitap_jax.parallel.host import cores
 
 
 class Pair(NamedTuple):
@@ -86,7 +85,7 @@ class StreamPacker:
         self.batch_tokens, self.max_length = batch_tokens, max_length
         self.book = ShapeBook(hidden, cells, vision.layout.block[0])
         self._encoding = threading.Lock()
-        self._pool = ThreadPoolExecutor(workers or min(max(cores(), 4), 16), thread_name_prefix="decode")
+        self._pool = decoding_pool(workers)
 
     def window(self, pairs: Sequence[Pair], *, truncate: bool | None = False) -> Window:
         """Prepares a window; its batches are packed as they are asked for.
