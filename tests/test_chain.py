@@ -213,7 +213,7 @@ def _ids(path: Path) -> list[str]:
 def test_the_demo_runs_and_goes_on_where_it_stopped(tmp_path, capsys):
     report = run_demo(tmp_path, scenes=10, caption_steps=2, epochs=1)
     page = report.read_text()
-    assert page.count("data:image/png;base64") >= 3
+    assert page.count("<svg") == 3
     assert "pictures blanked" in page
     seconds = json.loads((tmp_path / "phases.json").read_text())["seconds"]
     run_demo(tmp_path, scenes=10, caption_steps=2, epochs=1)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from multitap_jax.data.records import Record, Rejected, group_keys, iter_records
 from multitap_jax.data.tables import RecordsError, Unreadable, read_jsonl
 from multitap_jax.display import TextTable
 from multitap_jax.evaluation.correlation import Metrics, Statistic, evaluate_pairs
-from multitap_jax.evaluation.plots import objective_figure, scatter_figure
 from multitap_jax.evaluation.scores import is_number, seen_before
+from multitap_jax.pages.charts import objectives_chart, scatter_chart
+from multitap_jax.pages.elements import Interval, spelled
 from multitap_jax.scoring.journal import sidecar_of
 
 NO_TARGET = "none"  # compare the objectives only
@@ -111,9 +113,13 @@ class EvaluationReport:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "metrics.json").write_text(self.to_json() + "\n", encoding="utf-8")
         if self.target != NO_TARGET:
-            scatter_figure(self.points, self.overall, self.target).savefig(folder / "overall.png", dpi=150)
+            label = f"human: {self.target}, mapped to 0..1"
+            title = f"tau_c {interval_of(self.overall.tau_c)}, n = {self.overall.n:,}"
+            chart = scatter_chart(self.points[:, 1], self.points[:, 0], label=label, title=title)
+            chart.savefig(folder / "overall.png")
         if self.objectives:
-            objective_figure(self.objectives).savefig(folder / "objectives.png", dpi=150)
+            what = f"Kendall's tau_c with people, {self.overall.level:.0%} interval"
+            objectives_chart(tau_bars(self.objectives), what=what).savefig(folder / "objectives.png")
 
     def _caption(self) -> str:
         lines = [self.protocol, *(f"WARNING: {warning}" for warning in self.warnings)]
@@ -355,6 +361,16 @@ def _protocol(
         f"({metrics.n_groups:,} groups of records that share a group or picture). "
         f"{counts}Scores computed in dtype {dtype}; {truncated:,} texts truncated."
     )
+
+
+def interval_of(statistic: Statistic, times: float = 1) -> Interval:
+    """A statistic as pages and charts show it."""
+    return Interval(times * statistic.value, times * statistic.interval.low, times * statistic.interval.high)
+
+
+def tau_bars(found: Mapping[str, Metrics]) -> list[tuple[str, Interval]]:
+    """Rows of `objectives_chart`: the tau_c of each, and of how many pairs."""
+    return [(f"{spelled(name)} (n = {m.n:,})", interval_of(m.tau_c)) for name, m in found.items()]
 
 
 def _cell(statistic: Statistic, *, interval: bool = False) -> str:
