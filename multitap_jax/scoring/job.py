@@ -34,6 +34,7 @@ from multitap_jax.scoring.progress import progress_bar
 if TYPE_CHECKING:
     from multitap_jax.scoring.results import Scores
 
+NOTES = ("checkpoint", "trained_on", "conditions")  # what a scorer has to say for people, beside the scores
 ENOUGH_TO_JUDGE = 1000  # lines seen before a share of rejected ones can stop a running job
 
 
@@ -156,7 +157,6 @@ def score_file(
     """
     if window < 1:
         raise ValueError(f"window = {window}: at least 1 record")
-    began = time.monotonic()
     source, output = find_records_file(input), Path(output)
     rejected_file = output.with_name(output.name + ".rejected.jsonl")
     written = (output, sidecar_of(output), seen_file_of(output), rejected_file)
@@ -164,19 +164,17 @@ def score_file(
         raise JobError(f"{source}: the job would write over its input; choose another output")
     settings = {**scorer.settings, "truncate": truncate, "allow_outside_root": allow_outside_root}
     identity = {"input": input_fingerprint(source), "model": scorer.fingerprint, "settings": settings}
-    parts: Parts[Record | Rejected] = Parts(
-        output.with_name(output.name + ".parts"), canonical_hash([identity, window]), window
-    )
+    beside = output.with_name(output.name + ".parts")
+    parts: Parts[Record | Rejected] = Parts(beside, canonical_hash([identity, window]), window)
     items = iter_records(source, allow_outside_root=allow_outside_root)
-    tally, resumed = _Tally(), None
+    tally, resumed, began = _Tally(), None, time.monotonic()
 
     def work(block: Block[Record | Rejected]) -> list[dict[str, Any]]:
         _judge(tally, max_rejected, rejected_file, final=False)
         return _score_window(scorer, block.items, truncate)
 
     if is_main_process():
-        names = ("checkpoint", "trained_on", "conditions")
-        with Journal(output, identity, {name: getattr(scorer, name) for name in names}) as journal:
+        with Journal(output, identity, {name: getattr(scorer, name) for name in NOTES}) as journal:
             with journal.disk_errors():
                 _leave_seen(scorer, seen_file_of(output))
             total = _count_lines(source) if show_progress else None
