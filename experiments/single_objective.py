@@ -17,8 +17,9 @@ from multitap_jax.data.records import Record, load_records
 from multitap_jax.display import TextTable
 from multitap_jax.evaluation.baselines import Judge
 from multitap_jax.evaluation.correlation import Metrics, evaluate_pairs
-from multitap_jax.evaluation.plots import objective_figure
+from multitap_jax.evaluation.report import tau_bars
 from multitap_jax.evaluation.scores import read_scores
+from multitap_jax.pages.charts import objectives_chart
 from multitap_jax.scoring.scorer import Scorer
 from multitap_jax.stage2 import RidgeHead
 
@@ -86,7 +87,7 @@ def main() -> None:
     options = flags.parse_args()
     found = measure(options)
     numbers = {name: {key: s.value for key, s in metrics.statistics().items()} for name, metrics in found.items()}
-    keep("single_objective", options, table_of(found), objective_figure(found), numbers)
+    keep("single_objective", options, table_of(found), objectives_chart(tau_bars(found)), numbers)
 
 
 if __name__ == "__main__":

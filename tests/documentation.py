@@ -24,6 +24,11 @@ def snippet(name: str) -> str:
     return found[0]
 
 
+def python_blocks(path: Path) -> list[str]:
+    """The Python of a page."""
+    return re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+
+
 def run_apart(script: str, folder: Path) -> None:
     """Runs Python in `folder`, in a process of its own that knows neither this package nor what defines models."""
     command = [sys.executable, "-c", REFUSE + script + "\n" + NOTHING_CAME_IN]

@@ -17,6 +17,7 @@ from multitap_jax.demo.run import run_demo
 from multitap_jax.demo.texts import OBJECTIVES, vocabulary_sample
 from multitap_jax.demo.world import build_world
 from multitap_jax.stage2 import EmbeddingStore, RidgeHead
+from tests.documentation import python_blocks
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 ROOT = CONFIGS.parent
@@ -210,21 +211,30 @@ def _ids(path: Path) -> list[str]:
     return json.loads(json.loads(raw[8 : 8 + size])["__metadata__"]["ids"])
 
 
-def test_the_demo_runs_and_goes_on_where_it_stopped(tmp_path, capsys):
-    report = run_demo(tmp_path, scenes=10, caption_steps=2, epochs=1)
+def test_the_demo_runs_and_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
+    report = run_demo(tmp_path / "demo_run", scenes=10, caption_steps=2, epochs=1)
     page = report.read_text()
-    assert page.count("data:image/png;base64") >= 3
+    assert page.count("<svg") == 3
     assert "pictures blanked" in page
-    seconds = json.loads((tmp_path / "phases.json").read_text())["seconds"]
-    run_demo(tmp_path, scenes=10, caption_steps=2, epochs=1)
-    again = json.loads((tmp_path / "phases.json").read_text())["seconds"]
+    seconds = json.loads((tmp_path / "demo_run/phases.json").read_text())["seconds"]
+    run_demo(tmp_path / "demo_run", scenes=10, caption_steps=2, epochs=1)
+    again = json.loads((tmp_path / "demo_run/phases.json").read_text())["seconds"]
     assert again == seconds
     with pytest.raises(ValueError, match="other settings|holds a demo"):
-        run_demo(tmp_path, scenes=11, caption_steps=2, epochs=1)
+        run_demo(tmp_path / "demo_run", scenes=11, caption_steps=2, epochs=1)
     shown = capsys.readouterr().out.splitlines()
     rows = {name: row for row in shown for name in ("untrained", "safety") if row.strip().startswith(name)}
     assert "%" in rows["safety"]
     assert "%" not in rows["untrained"]  # half a point of a score from 0 to 1 says nothing
+    monkeypatch.chdir(tmp_path)
+    (example,) = [code for code in python_blocks(ROOT / "README.md") if "demo_run" in code]
+    first, last = filter(None, example.splitlines())
+    names: dict = {}
+    exec(first, names)
+    scores = eval(last, names)
+    assert scores.errors == [None]
+    assert 0 < scores.overall[0] < 1
+    assert scores.names == OBJECTIVES
 
 
 def test_the_demo_leaves_the_folders_of_others_alone(tmp_path, capsys):

@@ -5,15 +5,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
-from multitap_jax.pages.charts import loss_chart, objectives_chart, scatter_chart
+from multitap_jax.pages.charts import framed, loss_chart, objectives_chart, scatter_chart, scatter_words
 from multitap_jax.pages.elements import (
     Example,
     Interval,
     escaped,
     estimate,
     facts,
-    figure,
     gallery,
     header,
     paragraphs,
@@ -78,7 +78,7 @@ def write_report(path: str | Path, data: ReportData) -> Path:
     """Writes the report to `path` (folders are made) and returns the path."""
     trained = data.models[0]
     loss_text = "Mean squared error between predicted and human score."
-    scatter_text = f"Each dot is a held-out pair. tau_c = {trained.metrics['tau_c']}."
+    scatter_text = f"{scatter_words(len(data.human))} held out. tau_c = {trained.metrics['tau_c']}."
     bars_text = "Bars: held-out tau_c with its 95 % interval. Dots: share of predictions within half a point."
     body = [
         header(
@@ -89,14 +89,10 @@ def write_report(path: str | Path, data: ReportData) -> Path:
         ),
         _summary(data.models),
         "<section class=plots>",
-        figure(loss_chart(data.train_loss, data.heldout_loss), "Learning", loss_text),
-        figure(scatter_chart(data.human, data.predicted), "Predicted against human", scatter_text),
+        framed(loss_chart(data.train_loss, data.heldout_loss), "Learning", loss_text),
+        framed(scatter_chart(data.human, data.predicted), "Predicted against human", scatter_text),
         "</section>",
-        figure(
-            objectives_chart([(row.name, row.tau, row.accuracy) for row in data.objectives]),
-            "One head an objective",
-            bars_text,
-        ),
+        framed(_bars(data.objectives), "One head an objective", bars_text),
         _objective_table(data.objectives),
         *(gallery(heading, examples, alt="A street scene") for heading, examples in data.examples),
         "<h2>How it was run</h2><section class=columns>",
@@ -106,6 +102,11 @@ def write_report(path: str | Path, data: ReportData) -> Path:
         paragraphs(data.notes),
     ]
     return write_page(path, "multitap demo report", body)
+
+
+def _bars(rows: Sequence[ObjectiveRow]) -> Figure:
+    bars = [(spelled(row.name), row.tau) for row in rows]
+    return objectives_chart(bars, dots=[row.accuracy for row in rows], legend="within 0.5 points")
 
 
 def _summary(models: Sequence[ModelRow]) -> str:

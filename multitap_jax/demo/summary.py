@@ -16,6 +16,7 @@ from multitap_jax.demo.report import ModelRow, ObjectiveRow, ReportData
 from multitap_jax.demo.texts import OBJECTIVES
 from multitap_jax.display import TextTable
 from multitap_jax.evaluation.correlation import Metrics, Statistic, evaluate_pairs
+from multitap_jax.evaluation.scores import read_lines
 from multitap_jax.pages.elements import Example, Interval
 from multitap_jax.scoring.artefact import Artefact
 
@@ -60,19 +61,15 @@ class Results:
 def judge(heldout: Path, scores: Mapping[str, Path]) -> Results:
     """Compares the score files of the runs with the ratings of the held-out records."""
     records = load_records(heldout).records
-    lines = {name: _read_scores(path) for name, path in scores.items()}
+    lines = {name: read_lines(path) for name, path in scores.items()}
     human = [float(r.score or 0) for r in records]
-    runs = {name: _judge([found[r.id]["score"] for r in records], human, records) for name, found in lines.items()}
+    runs = {name: _judge([found.overall[r.id] for r in records], human, records) for name, found in lines.items()}
     objectives = {}
     for name in OBJECTIVES:
         rated = [r for r in records if r.ratings.get(name) is not None]
-        predicted = [lines["trained"][r.id]["scores"][name] for r in rated]
+        predicted = [lines["trained"].objectives[name][r.id] for r in rated]
         objectives[name] = _judge(predicted, [float(r.ratings[name] or 0) for r in rated], rated)
     return Results(records, runs, objectives)
-
-
-def _read_scores(path: Path) -> dict[str, dict]:
-    return {line["id"]: line for line in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
 
 
 def _judge(predicted: list[float], human: list[float], records: Sequence[Record]) -> Judged:

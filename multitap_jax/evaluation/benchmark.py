@@ -11,8 +11,8 @@ from rich.text import Text
 from multitap_jax.display import TextTable
 from multitap_jax.evaluation.correlation import Interval, Statistic, kendall_tau, pearson, spearman, undefined_reason
 from multitap_jax.evaluation.protocols import TIES, Benchmark, Protocol
-from multitap_jax.evaluation.report import plain, read_note, shown
-from multitap_jax.evaluation.scores import read_scores, seen_before
+from multitap_jax.evaluation.report import plain, shown
+from multitap_jax.evaluation.scores import read_note, read_scores, seen_before
 
 LEVEL = 0.95
 UNKNOWN = "not noted beside the scores"

@@ -10,16 +10,14 @@ import numpy as np
 from multitap_jax import __version__
 from multitap_jax.data.records import Record, iter_records
 from multitap_jax.evaluation.benchmark import BenchmarkReport
-from multitap_jax.evaluation.correlation import Metrics, Statistic
-from multitap_jax.evaluation.report import NO_TARGET, EvaluationReport
-from multitap_jax.pages.charts import objectives_chart, scatter_chart
+from multitap_jax.evaluation.correlation import Metrics
+from multitap_jax.evaluation.report import NO_TARGET, EvaluationReport, interval_of, tau_bars
+from multitap_jax.pages.charts import framed, objectives_chart, scatter_chart, scatter_words
 from multitap_jax.pages.elements import (
     Example,
-    Interval,
     escaped,
     estimate,
     facts,
-    figure,
     folded,
     gallery,
     header,
@@ -91,7 +89,7 @@ def write_benchmark(
     A correlation is shown by its records, an accuracy by its comparisons.
     """
     rows = {report.statistic: report.value, **report.categories}
-    cells = [[escaped(name), estimate(_interval(found, 100))] for name, found in rows.items()]
+    cells = [[escaped(name), estimate(interval_of(found, 100))] for name, found in rows.items()]
     others = [[escaped(name), f"<b>{100 * value:.3f}</b>"] for name, value in report.others.items()]
     compared = report.statistic == "accuracy"
     body = [
@@ -118,9 +116,8 @@ def _judgements(report: BenchmarkReport) -> Iterator[str]:
     """Chart and pictures; both sides from their smallest number (0) to their largest (1), which no tau minds."""
     benchmark = report.counted
     points = np.stack([_stretched(report.scores), _stretched(benchmark.human_means())], axis=1)
-    words = "Each dot is a record; both sides from their smallest number, 0, to their largest, 1."
-    chart = figure(scatter_chart(points[:, 1], points[:, 0]), "Predicted against human", words)
-    yield f"<section class=plots>{chart}</section>"
+    words = f"{scatter_words(len(points))}, both sides from their smallest number, 0, to their largest, 1."
+    yield framed(scatter_chart(points[:, 1], points[:, 0]), "Predicted against human", words)
     yield from _pictures({r.id: p for r, p in zip(benchmark.records, points.tolist(), strict=True)}, benchmark.records)
 
 
@@ -128,8 +125,9 @@ def _comparisons(report: BenchmarkReport) -> Iterator[str]:
     """Accuracy by category, and the comparisons that the scores lose and win by most, side by side."""
     benchmark, scores = report.counted, report.scores
     if report.categories:
-        bars = [(name, _interval(found), None) for name, found in report.categories.items()]
-        yield figure(objectives_chart(bars, "accuracy"), "Categories", "Share of comparisons ordered as people did.")
+        bars = [(name, interval_of(found)) for name, found in report.categories.items()]
+        chart = objectives_chart(bars, what="accuracy")
+        yield framed(chart, "Categories", "Share of comparisons ordered as people did.")
     level = _stretched(scores)
     margin = scores[benchmark.rows[:, 0]] - scores[benchmark.rows[:, 1]]
     order = np.argsort(margin, kind="stable")
@@ -165,29 +163,26 @@ def _warnings(warnings: Sequence[str]) -> Iterator[str]:
         yield f"<p class=note>{escaped(warning)}</p>"
 
 
-def _interval(statistic: Statistic, times: float = 1) -> Interval:
-    return Interval(times * statistic.value, times * statistic.interval.low, times * statistic.interval.high)
-
-
 def _agreement(rows: dict[str, Metrics]) -> str:
     names = {"tau_c": "tau_c", "tau_b": "tau_b", "pearson": "Pearson", "spearman": "Spearman"}
     cells = (
-        [escaped(spelled(name)), f"{m.n:,}", *(estimate(_interval(getattr(m, key))) for key in names)]
+        [escaped(spelled(name)), f"{m.n:,}", *(estimate(interval_of(getattr(m, key))) for key in names)]
         for name, m in rows.items()
     )
     return "<h2>Agreement</h2>" + table(["", "n", *names.values()], cells, style="table lead-row")
 
 
 def _charts(report: EvaluationReport) -> Iterator[str]:
+    yield "<section class=plots>"
     if report.target != NO_TARGET:
-        tau = _interval(report.overall.tau_c)
-        words = f"Each dot is one of {report.overall.n:,} pairs, both sides mapped to 0..1. tau_c = {tau}."
-        chart = figure(scatter_chart(report.points[:, 1], report.points[:, 0]), "Predicted against human", words)
-        yield f"<section class=plots>{chart}</section>"
+        tau = interval_of(report.overall.tau_c)
+        words = f"{scatter_words(report.overall.n)}, both sides mapped to 0..1. tau_c = {tau}."
+        yield framed(scatter_chart(report.points[:, 1], report.points[:, 0]), "Predicted against human", words)
     if report.objectives:
-        rows = [(name, _interval(metrics.tau_c), None) for name, metrics in report.objectives.items()]
         level = f"{next(iter(report.objectives.values())).level:.0%}"
-        yield figure(objectives_chart(rows), "Objectives", f"tau_c with people, {level} interval.")
+        bars = objectives_chart(tau_bars(report.objectives))
+        yield framed(bars, "Objectives", f"tau_c with people, {level} interval.")
+    yield "</section>"
 
 
 def _pictures(points: Mapping[str, Sequence[float]], records: Iterable[Record]) -> Iterator[str]:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ import numpy as np
 from rich.text import Text
 
 from multitap_jax.data.records import Record, Rejected, group_keys, iter_records
-from multitap_jax.data.tables import RecordsError, Unreadable, read_jsonl
+from multitap_jax.data.tables import RecordsError
 from multitap_jax.display import TextTable
 from multitap_jax.evaluation.correlation import Metrics, Statistic, evaluate_pairs
-from multitap_jax.evaluation.plots import objective_figure, scatter_figure
-from multitap_jax.evaluation.scores import is_number, seen_before
-from multitap_jax.scoring.journal import sidecar_of
+from multitap_jax.evaluation.scores import Problem, ScoreLines, read_lines, read_note, seen_before
+from multitap_jax.pages.charts import objectives_chart, scatter_chart
+from multitap_jax.pages.elements import Interval, spelled
 
 NO_TARGET = "none"  # compare the objectives only
 PREFERENCE = "ratings.preference"
@@ -25,15 +26,6 @@ _OF_A_GROUP = (
     "--help` lists them)"
 )
 SHOWN = 3  # examples of a problem in the table; the JSON lists all
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Problem:
-    """A line of the scores file that could not be used, wholly or for one objective."""
-
-    line: int
-    id: str | None
-    reason: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,9 +103,13 @@ class EvaluationReport:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "metrics.json").write_text(self.to_json() + "\n", encoding="utf-8")
         if self.target != NO_TARGET:
-            scatter_figure(self.points, self.overall, self.target).savefig(folder / "overall.png", dpi=150)
+            label = f"human: {self.target}, mapped to 0..1"
+            title = f"tau_c {interval_of(self.overall.tau_c)}, n = {self.overall.n:,}"
+            chart = scatter_chart(self.points[:, 1], self.points[:, 0], label=label, title=title)
+            chart.savefig(folder / "overall.png")
         if self.objectives:
-            objective_figure(self.objectives).savefig(folder / "objectives.png", dpi=150)
+            what = f"Kendall's tau_c with people, {self.overall.level:.0%} interval"
+            objectives_chart(tau_bars(self.objectives), what=what).savefig(folder / "objectives.png")
 
     def _caption(self) -> str:
         lines = [self.protocol, *(f"WARNING: {warning}" for warning in self.warnings)]
@@ -123,19 +119,6 @@ class EvaluationReport:
                 lines.append(f"{len(items):,} {kind}: {', '.join(items[:SHOWN])}{more}")
         lines += [f"{name}: tau undefined: {m.tau_b.reason}" for name, m in self._rows() if m.tau_b.reason]
         return "\n".join(lines)
-
-
-@dataclasses.dataclass(slots=True)
-class _Scores:
-    """Usable lines of a scores file by id, and the others."""
-
-    overall: dict[str, float]
-    objectives: dict[str, dict[str, float]]
-    duplicates: dict[str, None]
-    problems: list[Problem]
-    seen: set[str]
-    lines: int = 0
-    truncated: int = 0
 
 
 def evaluate_files(
@@ -166,33 +149,24 @@ def evaluate_files(
       allow_outside_root: as in `load_records`.
 
     Raises:
-      RecordsError: a file is missing or of the wrong kind, no record has the target, or one lies outside
-        `target_range`.
+      RecordsError: a file is missing or of the wrong kind; no record has the target, or one lies outside its range.
     """
     note = read_note(scores_path)
-    target, target_range = _target(note, target, target_range)
-    low, high = target_range
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise RecordsError(f"target_range {target_range}: expected two finite numbers, the first below the second")
-    if target == PREFERENCE:
-        raise RecordsError(f"{records_path}: {_OF_A_GROUP}")
-    if target not in ("score", NO_TARGET) and not target.startswith("ratings."):
-        raise RecordsError(f"target {target!r}: expected 'score' or 'ratings.NAME' (--target), or 'none'")
+    target, target_range = _target(note, target, target_range, records_path)
     items = list(iter_records(Path(records_path), allow_outside_root=allow_outside_root, need_images=False))
     records = [item for item in items if isinstance(item, Record)]
-    scores = _read_scores(Path(scores_path))
+    scores = read_lines(scores_path)
     dtype = dtype or str(note.get("settings", {}).get("dtype", "unknown"))
     _check_target(records, target, records_path)
     groups = dict(zip((record.id for record in records), group_keys(records), strict=True))
     options: dict[str, Any] = {"samples": bootstrap_samples, "seed": seed, "level": level, "tolerance": tolerance}
-
     scored = [] if target == NO_TARGET else [record for record in records if record.id in scores.overall]
     rated = [record for record in scored if record.target(target) is not None]
-    human = np.array([_on_scale(record, target, low, high) for record in rated], np.float64)
-    pred = np.array([scores.overall[record.id] for record in rated], np.float64)
+    points = [(scores.overall[record.id], _on_scale(record, target, *target_range)) for record in rated]
+    pred, human = np.array(points, np.float64).reshape(-1, 2).T
     objectives = _objectives(records, scores, groups, options)
     overall = evaluate_pairs(pred, human, groups=[groups[record.id] for record in rated], **options)
-    known = groups.keys() | {item.id for item in items if isinstance(item, Rejected)}
+    rejected = [item for item in items if isinstance(item, Rejected)]
     return EvaluationReport(
         protocol=_protocol(target, target_range, overall, objectives, scores.truncated, dtype),
         target=target,
@@ -205,10 +179,10 @@ def evaluate_files(
         unrated=[record.id for record in scored if record.target(target) is None],
         missing=[record.id for record in records if record.id not in scores.seen],
         duplicates=list(scores.duplicates),
-        unknown=sorted(scores.seen - known),
+        unknown=sorted(scores.seen - groups.keys() - {item.id for item in rejected}),
         unpredicted=[n for n in dict.fromkeys(n for r in records for n in r.ratings) if n not in scores.objectives],
         problems=scores.problems,
-        rejected=[item for item in items if isinstance(item, Rejected)],
+        rejected=rejected,
         warnings=(
             *seen_before(Path(scores_path), [r for r in records if r.id in scores.seen]),
             *_off_scale(pred, rated),
@@ -219,7 +193,7 @@ def evaluate_files(
 
 
 def _objectives(
-    records: list[Record], scores: _Scores, groups: dict[str, str], options: dict[str, Any]
+    records: list[Record], scores: ScoreLines, groups: dict[str, str], options: dict[str, Any]
 ) -> dict[str, Metrics]:
     """Every predicted objective against the ratings of its name."""
     out = {}
@@ -228,15 +202,6 @@ def _objectives(
         ids, guesses, truths = zip(*pairs, strict=True) if pairs else ((), (), ())
         out[name] = evaluate_pairs(guesses, truths, groups=[groups[i] for i in ids], **options)
     return out
-
-
-def read_note(scores_path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The sidecar that `multitap score` leaves beside its output; empty without one."""
-    try:
-        note = json.loads(sidecar_of(Path(scores_path)).read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return note if isinstance(note, dict) and isinstance(note.get("settings", {}), dict) else {}
 
 
 def _off_scale(pred: np.ndarray, rated: list[Record]) -> tuple[str, ...]:
@@ -252,14 +217,24 @@ def _off_scale(pred: np.ndarray, rated: list[Record]) -> tuple[str, ...]:
 
 
 def _target(
-    note: dict[str, Any], target: str | None, target_range: tuple[float, float] | None
+    note: dict[str, Any],
+    target: str | None,
+    target_range: tuple[float, float] | None,
+    records_path: str | os.PathLike[str],
 ) -> tuple[str, tuple[float, float]]:
-    """What was asked for, else what the model was trained on, else the score."""
+    """What was asked for, else what the model was trained on, else the score. Raises RecordsError for what is none."""
     trained = note.get("trained_on")
-    name, (low, high) = "score", (0.0, 1.0)
+    name, scale = "score", (0.0, 1.0)
     if isinstance(trained, dict) and target in (None, trained.get("target")):
-        name, (low, high) = str(trained["target"]), trained["target_range"]
-    return target or name, target_range or (float(low), float(high))
+        name, scale = str(trained["target"]), trained["target_range"]
+    target, (low, high) = target or name, target_range or scale
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise RecordsError(f"target_range {(low, high)}: expected two finite numbers, the first below the second")
+    if target == PREFERENCE:
+        raise RecordsError(f"{records_path}: {_OF_A_GROUP}")
+    if target not in ("score", NO_TARGET) and not target.startswith("ratings."):
+        raise RecordsError(f"target {target!r}: expected 'score' or 'ratings.NAME' (--target), or 'none'")
+    return target, (float(low), float(high))
 
 
 def _check_target(records: list[Record], target: str, path: str | os.PathLike[str]) -> None:
@@ -273,49 +248,6 @@ def _check_target(records: list[Record], target: str, path: str | os.PathLike[st
         raise RecordsError(f"{path}: {_OF_A_GROUP}")
     choice = f"it has {', '.join(there)}: choose one with --target={there[0]}" if there else "it has no human scores"
     raise RecordsError(f"{path}: no record has {target}; {choice}, or compare the objectives only with --target=none")
-
-
-def _read_scores(path: Path) -> _Scores:
-    if not path.is_file():
-        raise RecordsError(f"{path}: no such scores file; check the path")
-    scores = _Scores({}, {}, {}, [], set())
-    for line, row in read_jsonl(path):
-        scores.lines += 1
-        name = None if isinstance(row, Unreadable) else row.get("id")
-        if isinstance(row, Unreadable):
-            scores.problems.append(Problem(line, None, row.reason))
-        elif not isinstance(name, str):
-            scores.problems.append(Problem(line, None, "no id"))
-        elif name in scores.seen:
-            scores.duplicates[name] = None
-        else:
-            scores.seen.add(name)
-            _take(scores, line, name, row)
-    if not scores.lines:
-        raise RecordsError(f"{path}: no scores in the file")
-    return scores
-
-
-def _take(scores: _Scores, line: int, name: str, row: dict[str, Any]) -> None:
-    """Adds one line of scores; what is no finite number becomes a problem of that line."""
-    if row.get("error") is not None:
-        scores.problems.append(Problem(line, name, str(row["error"])))
-        return
-    scores.truncated += row.get("truncated") is True
-    if is_number(row.get("score")):
-        scores.overall[name] = float(row["score"])
-    else:
-        scores.problems.append(Problem(line, name, f"score is {row.get('score')!r}, not a finite number"))
-    objectives = row.get("scores") or {}
-    if not isinstance(objectives, dict):
-        scores.problems.append(Problem(line, name, "scores is not an object of objective: number"))
-        return
-    for objective, value in objectives.items():
-        column = scores.objectives.setdefault(objective, {})
-        if is_number(value):
-            column[name] = float(value)
-        else:
-            scores.problems.append(Problem(line, name, f"scores.{objective} is {value!r}, not a finite number"))
 
 
 def _on_scale(record: Record, target: str, low: float, high: float) -> float:
@@ -355,6 +287,16 @@ def _protocol(
         f"({metrics.n_groups:,} groups of records that share a group or picture). "
         f"{counts}Scores computed in dtype {dtype}; {truncated:,} texts truncated."
     )
+
+
+def interval_of(statistic: Statistic, times: float = 1) -> Interval:
+    """A statistic as pages and charts show it."""
+    return Interval(times * statistic.value, times * statistic.interval.low, times * statistic.interval.high)
+
+
+def tau_bars(found: Mapping[str, Metrics]) -> list[tuple[str, Interval]]:
+    """Rows of `objectives_chart`: the tau_c of each, and of how many pairs."""
+    return [(f"{spelled(name)} (n = {m.n:,})", interval_of(m.tau_c)) for name, m in found.items()]
 
 
 def _cell(statistic: Statistic, *, interval: bool = False) -> str:

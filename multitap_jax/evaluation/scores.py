@@ -1,7 +1,13 @@
-"""Anybody's scores, strictly: one finite number for every record, or an error with counts and examples."""
+"""Files of scores: lines as they are, with what is wrong with them, or one finite number for every record or an error.
 
+A line has an `id`, a `score` and perhaps `scores` {objective: number}, `truncated` and `error`; anybody's have less.
+"""
+
+import dataclasses
+import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -9,12 +15,81 @@ import numpy as np
 
 from multitap_jax.data.records import Record
 from multitap_jax.data.seen import from_bytes, prints_of, told
-from multitap_jax.data.tables import RecordsError, Unreadable, read_jsonl, some
-from multitap_jax.scoring.journal import seen_file_of
+from multitap_jax.data.tables import RecordsError, Row, Unreadable, read_jsonl, some
+from multitap_jax.scoring.journal import seen_file_of, sidecar_of
 
 
 class ScoresError(RecordsError):
     """Scores that do not fit the records; the message has counts, examples and the remedy."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Problem:
+    """A line of the scores file that could not be used, wholly or for one objective."""
+
+    line: int
+    id: str | None
+    reason: str
+
+
+@dataclasses.dataclass(slots=True)
+class ScoreLines:
+    """What a file of scores has.
+
+    Attributes:
+      overall: the score of each id that has one. objectives: the same of each objective, by its name.
+      duplicates: ids on more than one line, of which the first counts. problems: what could not be used.
+      seen: ids of all lines. lines, truncated: how many there are, and how many are of a text that was cut.
+    """
+
+    overall: dict[str, float] = dataclasses.field(default_factory=dict)
+    objectives: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    duplicates: dict[str, None] = dataclasses.field(default_factory=dict)
+    problems: list[Problem] = dataclasses.field(default_factory=list)
+    seen: set[str] = dataclasses.field(default_factory=set)
+    lines: int = 0
+    truncated: int = 0
+
+
+def read_lines(path: str | os.PathLike[str]) -> ScoreLines:
+    """Every line of a file of scores. Raises ScoresError where there is no such file, or nothing in it."""
+    scores = ScoreLines()
+    for line, row in _rows(Path(path)):
+        scores.lines += 1
+        name = None if isinstance(row, Unreadable) else row.get("id")
+        if isinstance(row, Unreadable):
+            scores.problems.append(Problem(line, None, row.reason))
+        elif not isinstance(name, str):
+            scores.problems.append(Problem(line, None, "no id"))
+        elif name in scores.seen:
+            scores.duplicates[name] = None
+        else:
+            scores.seen.add(name)
+            scores.problems += [Problem(line, name, reason) for reason in _take(scores, name, row)]
+    return scores
+
+
+def _take(scores: ScoreLines, name: str, row: dict[str, Any]) -> Iterator[str]:
+    """Adds one line; gives what of it is no finite number."""
+    value = _value(row, "score")
+    if row.get("error") is not None:
+        yield str(value)
+        return
+    scores.truncated += row.get("truncated") is True
+    if isinstance(value, float):
+        scores.overall[name] = value
+    else:
+        yield value
+    objectives = row.get("scores") or {}
+    if not isinstance(objectives, dict):
+        yield "scores is not an object of objective: number"
+        return
+    for objective in objectives:
+        column = scores.objectives.setdefault(objective, {})
+        if isinstance(value := _number_of(objectives, objective, f"scores.{objective}"), float):
+            column[name] = value
+        else:
+            yield value
 
 
 def read_scores(path: str | Path, records: Sequence[Record], field: str = "score") -> np.ndarray:
@@ -34,11 +109,7 @@ def read_scores(path: str | Path, records: Sequence[Record], field: str = "score
         other records, another number or order of lines. A part of the records is never taken for all.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ScoresError(f"{path}: no such scores file; check the path")
-    lines = list(read_jsonl(path))
-    if not lines:
-        raise ScoresError(f"{path}: no scores in the file")
+    lines = list(_rows(path))
     if unreadable := [f"line {line}: {row.reason}" for line, row in lines if isinstance(row, Unreadable)]:
         raise ScoresError(f"{path}: {len(unreadable):,} of {len(lines):,} lines are unreadable: {some(unreadable)}")
     rows = [(line, row) for line, row in lines if isinstance(row, dict)]
@@ -50,19 +121,40 @@ def read_scores(path: str | Path, records: Sequence[Record], field: str = "score
     return _by_id(path, rows, found, [r.id for r in records]) if named else _in_order(path, rows, found, records)
 
 
+def _rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """Numbers of the lines, and the lines. Raises ScoresError for no file, or none in it."""
+    if not path.is_file():
+        raise ScoresError(f"{path}: no such scores file; check the path")
+    line = 0
+    for line, row in read_jsonl(path):
+        yield line, row
+    if not line:
+        raise ScoresError(f"{path}: no scores in the file")
+
+
+def _value(row: dict[str, Any], field: str) -> float | str:
+    """The number called "score" or "scores.NAME" of a line, or why it has none."""
+    if row.get("error") is not None:
+        return str(row["error"])
+    outer, _, inner = field.partition(".")
+    if not inner:
+        return _number_of(row, outer, field)
+    return _number_of(row[outer] if isinstance(row.get(outer), dict) else {}, inner, field)
+
+
+def _number_of(row: dict[str, Any], key: str, name: str) -> float | str:
+    value = row.get(key)
+    return float(value) if is_number(value) else f"{name} is {value!r}, not a finite number"
+
+
 def _values(path: Path, rows: Sequence[tuple[int, dict[str, Any]]], field: str) -> np.ndarray:
     """The number of each line, in the order of the lines."""
-    outer, _, inner = field.partition(".")
     values, wrong = [], []
     for line, row in rows:
-        value = row.get(outer)
-        if inner:
-            value = value.get(inner) if isinstance(value, dict) else None
-        if is_number(value):
-            values.append(float(value))
-            continue
-        why = row["error"] if row.get("error") is not None else f"{field} is {value!r}, not a finite number"
-        wrong.append(f"line {line}" + (f", id {row['id']}" if "id" in row else "") + f": {why}")
+        if isinstance(value := _value(row, field), float):
+            values.append(value)
+        else:
+            wrong.append(f"line {line}" + (f", id {row['id']}" if "id" in row else "") + f": {value}")
     if wrong:
         known = ", ".join(str(name) for name in rows[0][1])
         raise ScoresError(
@@ -113,6 +205,15 @@ def _by_id(path: Path, rows: Sequence[tuple[int, dict[str, Any]]], found: np.nda
             what += "A part of a benchmark is not evaluated: score the missing ones, too"
         raise ScoresError(what)
     return found[[place[name] for name in ids]]
+
+
+def read_note(scores_path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The sidecar that `multitap score` leaves beside its output; empty without one."""
+    try:
+        note = json.loads(sidecar_of(Path(scores_path)).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return note if isinstance(note, dict) and isinstance(note.get("settings", {}), dict) else {}
 
 
 def seen_before(path: str | Path, records: Sequence[Record]) -> tuple[str, ...]:

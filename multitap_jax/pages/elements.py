@@ -22,7 +22,9 @@ class Interval:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        if self.value != self.value:
+            return "undefined"
+        return f"{self.value:.3f}" + ("" if self.low != self.low else f" [{self.low:.3f}, {self.high:.3f}]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,15 +94,6 @@ def folded(heading: str, lines: Iterable[str]) -> str:
     """A list that opens on request."""
     items = "".join(f"<li>{escaped(line)}</li>" for line in lines)
     return f"<details><summary>{escaped(heading)}</summary><ul>{items}</ul></details>"
-
-
-def figure(png: bytes, heading: str, caption: str) -> str:
-    """A chart with its heading and its words."""
-    alt = f"{heading}: {caption}"
-    return (
-        f'<figure><h2>{escaped(heading)}</h2><img class=plot src="{_data(png, "png")}" alt="{escaped(alt)}">'
-        f"<figcaption>{escaped(caption)}</figcaption></figure>"
-    )
 
 
 def gallery(

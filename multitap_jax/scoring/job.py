@@ -37,6 +37,7 @@ from multitap_jax.scoring.progress import progress_bar
 if TYPE_CHECKING:
     from multitap_jax.scoring.results import Scores
 
+NOTES = ("checkpoint", "trained_on", "conditions")  # what a scorer has to say for people, beside the scores
 ENOUGH_TO_JUDGE = 1000  # lines seen before a share of rejected ones can stop a running job
 
 
@@ -163,7 +164,6 @@ def score_file(
     """
     if window < 1:
         raise ValueError(f"window = {window}: at least 1 record")
-    began = time.monotonic()
     source, output = find_records_file(input), Path(output)
     rejected_file = output.with_name(output.name + ".rejected.jsonl")
     written = (output, sidecar_of(output), seen_file_of(output), rejected_file)
@@ -171,15 +171,13 @@ def score_file(
         raise JobError(f"{source}: the job would write over its input; choose another output")
     settings = {**scorer.settings, "truncate": truncate, "allow_outside_root": allow_outside_root}
     identity = {"input": input_fingerprint(source), "model": scorer.fingerprint, "settings": settings}
-    parts: Parts[Record | Rejected] = Parts(
-        output.with_name(output.name + ".parts"), canonical_hash([identity, window]), window
-    )
+    beside = output.with_name(output.name + ".parts")
+    parts: Parts[Record | Rejected] = Parts(beside, canonical_hash([identity, window]), window)
     items = iter_records(source, allow_outside_root=allow_outside_root)
-    tally, resumed, occupancy = _Tally(), None, Occupancy()
+    tally, resumed, occupancy, began = _Tally(), None, Occupancy(), time.monotonic()
     work = functools.partial(_score_blocks, scorer, truncate, occupancy)
     if is_main_process():
-        names = ("checkpoint", "trained_on", "conditions")
-        with Journal(output, identity, {name: getattr(scorer, name) for name in names}) as journal:
+        with Journal(output, identity, {name: getattr(scorer, name) for name in NOTES}) as journal:
             with journal.disk_errors():
                 _leave_seen(scorer, seen_file_of(output))
             total = _count_lines(source) if show_progress else None

@@ -58,7 +58,8 @@ def test_report_is_one_escaped_file_that_loads_nothing(tmp_path):
     assert "multitap demo &lt;dir&gt;" in page
     assert "<script" not in page
     assert all(source.startswith("data:image/png;base64,") for source in re.findall(r'src="([^"]*)', page))
-    assert not re.search(r"https?://|url\(|@import", page)
+    assert not re.search(r"https?://|url\((?!#)|@import", page)
+    assert page.count("<svg") == 3
     assert "Largest errors" in page
     assert "Scenes are split, not pairs." in page
     assert "style='width:100%'" in page
