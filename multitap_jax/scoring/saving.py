@@ -56,6 +56,7 @@ class Contents:
       overall: the target the reward head was trained on.
       source, revision: the backbone's origin, for people.
       provenance: anything JSON.
+      entries: go into config.json where it does not have them.
     """
 
     head: RewardHead
@@ -68,6 +69,7 @@ class Contents:
     source: str = ""
     revision: str = ""
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    entries: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def write_artefact(
@@ -91,7 +93,7 @@ def write_artefact(
       FileExistsError: the folder is in the way.
       ArtefactError: ridge head and objectives do not fit each other; NaN in a head.
     """
-    config = read_config_json(contents.config)
+    config = {**contents.entries, **read_config_json(contents.config)}
     objectives = checked_objectives(contents.ridge, contents.objectives)
     heads = tensors_to_bytes(head_arrays(contents.head, contents.ridge))
     with new_folder(folder, replaceable=lambda old: overwrite and (old / MANIFEST).is_file()) as new:
