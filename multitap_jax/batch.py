@@ -43,7 +43,9 @@ class PackedBatch(NamedTuple):
       patches: uint8[R, P, F], raw pixel values in the layout's patch order, features (C, ph, pw).
       patch_position: int32[R, P, 2], (row, column) of the patch in its image. Or, where maps of features are resized,
         int32[R, P, 6]: what the patch's cell is mixed from: upper left, upper right, lower left and lower right patch,
-        counted from the image's first, and the weights of right and of lower in multiples of `MIX_UNIT`.
+        counted from the image's first, and the weights of right and of lower in multiples of `MIX_UNIT`. Or, where the
+        view of a whole is made of its tiles, int32[R, P, 4]: row of the patch's tile, tiles down, column, tiles across;
+        zeros in the block of the whole, whose pixels are zeros too.
       patch_segment: int32[R, P], id of the image within the vision row, from 1; 0 is padding.
     """
 

@@ -22,13 +22,15 @@ from multitap_jax.backbones.mllama import Mllama, MllamaConfig
 from multitap_jax.backbones.qwen2_5_vl import Qwen25VL, Qwen25VLConfig
 from multitap_jax.backbones.qwen2_vl import Qwen2VL, Qwen2VLConfig
 from multitap_jax.backbones.qwen3_vl import Qwen3VL, Qwen3VLConfig
+from multitap_jax.backbones.xcomposer import MERGE, OFFICIAL, XComposer, XComposerConfig
 from multitap_jax.config import ConfigError
 from multitap_jax.data import chat
 from multitap_jax.data.anyres import AnyresLayout
+from multitap_jax.data.hd import HdLayout
 from multitap_jax.data.layouts import GridLayout, ImagePolicy, Layout
 from multitap_jax.data.tiles import TileLayout
 from multitap_jax.data.views import ViewLayout
-from multitap_jax.weights import llava, llava_onevision, mllama, qwen2_5_vl, qwen2_vl, qwen3_vl
+from multitap_jax.weights import llava, llava_onevision, mllama, qwen2_5_vl, qwen2_vl, qwen3_vl, xcomposer
 from multitap_jax.weights.files import FolderError, read_json
 from multitap_jax.weights.mapping import Table
 
@@ -49,6 +51,8 @@ class Family:
       layout: how a picture becomes patches and tokens under a policy.
       image_policy: the policy where nobody chose one.
       position_modes: the position modes it knows, the default first.
+      official: entries of `config.json` with which the official code's reading of the architecture is computed; weights
+        that are imported from its layout get them.
       of: entries of this record that depend on the configuration; `read_config` gives a family with them settled.
     """
 
@@ -59,6 +63,7 @@ class Family:
     layout: Callable[[Any, ImagePolicy], Layout]
     image_policy: str = "square:560"
     position_modes: tuple[str, ...] = ("flat",)
+    official: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     of: Callable[[Any], Mapping[str, Any]] = lambda config: {}
 
 
@@ -78,6 +83,10 @@ def _llava_layout(config: Any, policy: ImagePolicy) -> Layout:
 def _onevision_layout(config: Any, policy: ImagePolicy) -> Layout:
     pixels, tiles = config.vision.pixels, config.tiles
     return AnyresLayout(policy, pixels.patch_size, tiles.image_size, tiles.pinpoints, tiles.max_views)
+
+
+def _hd_layout(config: Any, policy: ImagePolicy) -> Layout:
+    return HdLayout(policy, config.vision.pixels.patch_size, config.vision.image_size, MERGE)
 
 
 def _llava_entries(config: Any) -> Mapping[str, Any]:
@@ -132,6 +141,15 @@ FAMILIES: dict[str, Family] = {
         table=llava_onevision.table,
         chat=chat.LLAVA_QWEN2,
         layout=_onevision_layout,
+        of=lambda config: {"image_policy": f"square:{config.vision.image_size}"},
+    ),
+    "internlm2": Family(
+        config=XComposerConfig.from_hf,
+        model=XComposer,
+        table=xcomposer.table,
+        chat=chat.XCOMPOSER,
+        layout=_hd_layout,
+        official=OFFICIAL,
         of=lambda config: {"image_policy": f"square:{config.vision.image_size}"},
     ),
 }

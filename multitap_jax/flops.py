@@ -8,7 +8,8 @@ Only useful work counts: no padding, no recomputation (remat), no optimizer. A p
   vision, per visible pair, layer  4 E                                      of one picture, or of one window of it
   vision, per patch                2 F E                                    patch embedding (frames folded)
   and what joins the tower to the decoder, which each family's `vision_flops` adds (Qwen2-VL's merger, per cell of m^2
-  patches: 2 ((m^2 E)^2 + m^2 E H)); a family with layers of another kind has a `forward_flops` of its own (Mllama)
+  patches: 2 ((m^2 E)^2 + m^2 E H)); a family with layers of another kind has a `forward_flops` of its own (Mllama,
+  InternLM-XComposer2.5)
 
 Causal attention counts what is visible, about half of S^2. A backward pass is twice a forward pass where weights learn
 and once where only activations need gradients; so training everything costs 3 forward passes.
@@ -51,6 +52,7 @@ class Work(NamedTuple):
 
     `patch_pairs` are pairs of one picture, `window_pairs` pairs of one window of it where a tower has windows. Where
     images are kept out of the row: `images`, their number, and `cross_pairs` of a token and a patch that it attends to.
+    `image_tokens` are those of the tokens that stand for images.
     """
 
     tokens: int
@@ -61,6 +63,7 @@ class Work(NamedTuple):
     window_pairs: int | None = None
     images: int = 0
     cross_pairs: int = 0
+    image_tokens: int = 0
 
 
 class Flops(NamedTuple):
@@ -97,8 +100,9 @@ def count_work(batch: PackedBatch, *, window: int | None = None, block: tuple[in
     patch_pairs = sum(int(np.sum(np.bincount(row)[1:].astype(np.int64) ** 2)) for row in patch_segment)
     window_pairs = None if window is None else _window_pairs(np.asarray(batch.patch_position), patch_segment, window)
     apart = (0, 0) if block is None or not batch.image_token.size else _count_apart(batch, block[0])
-    patches = int((patch_segment > 0).sum())
-    return Work(int((segment > 0).sum()), pairs, patches, patch_pairs, segment.size, window_pairs, *apart)
+    patches, image_tokens = int((patch_segment > 0).sum()), int((np.asarray(batch.image_cell) >= 0).sum())
+    tokens = int((segment > 0).sum())
+    return Work(tokens, pairs, patches, patch_pairs, segment.size, window_pairs, *apart, image_tokens)
 
 
 def _count_apart(batch: PackedBatch, block: int) -> tuple[int, int]:

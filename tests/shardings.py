@@ -17,6 +17,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 CASES = (
     ("official", "qwen2-vl-7b", MeshConfig(data=1, fsdp=8, tensor=2)),
     ("official", "llama-3.2-vision-11b", MeshConfig(data=2, fsdp=4, tensor=4)),
+    ("official", "internlm-xcomposer2d5-7b", MeshConfig(data=1, fsdp=8, tensor=2)),
     ("lora", "qwen2-vl-2b", MeshConfig(data=1, fsdp=8, tensor=2)),
     ("head_only", "qwen3-vl-8b", MeshConfig(data=2, fsdp=8, tensor=1)),
 )

@@ -24,7 +24,8 @@ def test_work_is_what_the_mask_lets_through():
     batch = packed()
     column = np.broadcast_to(np.arange(10), batch.segment.shape)
     mask = np.asarray(visible(Queries(batch.segment, batch.prefix, column), Keys(batch.segment, column)))
-    assert count_work(batch) == Work(12, int(mask.sum()), 12, 4**2 + 8**2, 20)
+    images = int((np.asarray(batch.image_cell) >= 0).sum())
+    assert count_work(batch) == Work(12, int(mask.sum()), 12, 4**2 + 8**2, 20, image_tokens=images)
 
 
 def test_the_parameters_of_a_2b_model_give_its_flops():

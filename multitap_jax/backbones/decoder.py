@@ -162,13 +162,13 @@ class TextLayer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Token table, stacked decoder layers (of `layer`, a `TextLayer`), final norm."""
+    """Token table, stacked decoder layers (of `layer`, a `TextLayer` or what is called as one), final norm."""
 
     def __init__(
         self,
         config: DecoderConfig,
         *,
-        layer: Callable[..., TextLayer] = TextLayer,
+        layer: Callable[..., nnx.Module] = TextLayer,
         rngs: nnx.Rngs,
         param_dtype: jnp.dtype,
     ):

@@ -1,11 +1,11 @@
-"""Rotary positions of decoders: plain, stretched as Llama 3 has it, or split over time, height and width (M-RoPE).
+"""Rotary positions of decoders: plain, stretched, or split over time, height and width (M-RoPE).
 
 Frequencies and angles are float32, computed from whole positions; only the turned queries and keys are rounded.
 """
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import numpy as np
 from multitap_jax.backbones.config import Section
 from multitap_jax.backbones.layers import inverse_frequencies
 
-KINDS = ("default", "mrope", "llama3")
+KINDS = ("default", "mrope", "llama3", "linear", "dynamic")
 Angles = tuple[jax.Array, jax.Array]  # cosine and sine, float32[B, S, 1, D / 2]
 
 
@@ -44,6 +44,30 @@ class Llama3Scaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class LinearScaling:
+    """All wavelengths are stretched by `factor` (arXiv 2306.15595)."""
+
+    factor: float
+
+    @classmethod
+    def from_hf(cls, rope: Section) -> "LinearScaling":
+        """Reads the section."""
+        if rope.get("factor") is None:
+            rope.wrong("rope_scaling of type 'linear' lacks factor")
+        return cls(rope.number("factor", 1.0))
+
+    def __call__(self, frequency: np.ndarray) -> np.ndarray:
+        """float32[D / 2] -> float32[D / 2]."""
+        return (frequency / np.float32(self.factor)).astype(np.float32)
+
+
+SCALINGS: dict[str, Callable[[Section], Llama3Scaling | LinearScaling]] = {
+    "llama3": Llama3Scaling.from_hf,
+    "linear": LinearScaling.from_hf,
+}
+
+
+@dataclasses.dataclass(frozen=True)
 class Rope:
     """Which frequency turns with which axis of a position.
 
@@ -51,13 +75,16 @@ class Rope:
       theta: base of the frequencies.
       sections: how many of the D / 2 frequencies turn with time, height and width; None: all with time.
       interleaved: frequencies go to the axes in turn (Qwen3-VL) instead of section after section (Qwen2-VL).
-      scaling: stretching of long wavelengths, or None.
+      scaling: stretching of wavelengths, or None.
+      limit: positions that there are; at others a pair gets NaN. A scaling that is "dynamic" keeps the wavelengths up
+        to `max_position_embeddings`, and beyond makes them depend on how long the pair is, which is not implemented.
     """
 
     theta: float
     sections: tuple[int, int, int] | None = None
     interleaved: bool = False
-    scaling: Llama3Scaling | None = None
+    scaling: Llama3Scaling | LinearScaling | None = None
+    limit: int | None = None
 
     @classmethod
     def from_hf(cls, text: Section, *, theta: float) -> "Rope":
@@ -76,12 +103,13 @@ class Rope:
             theta=rope.number("rope_theta", text.number("rope_theta", theta)),
             sections=(time, height, width) if rope.get("mrope_section") is not None else None,
             interleaved=rope.flag("mrope_interleaved", False),
-            scaling=Llama3Scaling.from_hf(rope) if kind == "llama3" else None,
+            scaling=SCALINGS[kind](rope) if kind in SCALINGS else None,
+            limit=text.size("max_position_embeddings", 2048) if kind == "dynamic" else None,
         )
 
     def inconsistencies(self, head_dim: int) -> Iterator[str]:
         """What does not fit a head of `head_dim`."""
-        if self.scaling is not None and self.scaling.high_freq_factor <= self.scaling.low_freq_factor:
+        if isinstance(self.scaling, Llama3Scaling) and self.scaling.high_freq_factor <= self.scaling.low_freq_factor:
             yield "rope_scaling: high_freq_factor must be greater than low_freq_factor"
         if self.sections is not None and 2 * sum(self.sections) != head_dim:
             yield f"mrope_section = {list(self.sections)} must add up to half the head size {head_dim}"
@@ -108,4 +136,6 @@ class Rope:
         if self.scaling is not None:
             frequency = self.scaling(frequency)
         angle = positions[:, :, self.axes(head_dim)].astype(jnp.float32) * frequency[None, None, :]
+        if self.limit is not None:
+            angle = jnp.where(positions[:, :, :1] < self.limit, angle, jnp.float32(np.nan))
         return jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]

@@ -24,6 +24,9 @@ class ChatFormat:
       upper_role: roles are written in capitals.
       opened: the tokenizer puts first tokens of its own (BOS) in front of a conversation.
       generation: what asks for an answer; None: what opens a message of the assistant.
+      stop: a token that ends an answer besides those that a model's files name; None: there is none.
+      queries: the official prompts of this family are one message of the user, as it is, whose answer is asked for.
+      reserved: what no text may spell besides the tokenizer's control tokens.
     """
 
     turn: str
@@ -37,6 +40,9 @@ class ChatFormat:
     upper_role: bool = False
     opened: bool = False
     generation: str | None = None
+    stop: str | None = None
+    queries: bool = False
+    reserved: tuple[str, ...] = ()
 
     def render(self, messages: Sequence[Message]) -> str:
         """The conversation as one string, as the chat template gives it without a generation prompt."""
@@ -107,4 +113,17 @@ LLAVA_QWEN2 = ChatFormat(
     text="\n{text}",
     images_first=True,
     generation="<|im_start|>assistant\n",
+)
+
+# InternLM-XComposer2.5, whose code cuts a prompt at each <ImageHere> and puts the image's features there. A reserved
+# token of the vocabulary stands for them here. The ";" is the official prompts'.
+XCOMPOSER = ChatFormat(
+    turn="[UNUSED_TOKEN_146]{role}\n",
+    close="[UNUSED_TOKEN_145]\n",
+    image="[UNUSED_TOKEN_144];",
+    placeholder="[UNUSED_TOKEN_144]",
+    opened=True,
+    stop="[UNUSED_TOKEN_145]",
+    queries=True,
+    reserved=("<ImageHere>",),
 )

@@ -22,6 +22,7 @@ POLICIES = {
     "crop": ("SIDE",),
     "tiles": ("MAX_TILES",),
     "anyres": ("MAX_TILES",),
+    "hd": ("MAX_TILES",),
 }
 MODES = ("mrope", "flat")
 
@@ -40,6 +41,8 @@ class ImagePolicy:
     does.
     "anyres:MAX_TILES" shows a small picture of the whole and up to MAX_TILES tiles of a large one, as LLaVA-OneVision's
     processor does for a prompt with one picture (there up to 36).
+    "hd:MAX_TILES" cuts a picture into up to MAX_TILES tiles and shows a small picture of the whole besides, as
+    InternLM-XComposer2.5 does for a prompt with one picture (there up to 24; 6 where there are more).
     """
 
     kind: str
@@ -186,7 +189,13 @@ class GridLayout(Layout):
 
 @dataclass(frozen=True)
 class Vision:
-    """What packing needs to know of a backbone's pictures: layout, id of the image placeholder, position mode.
+    """What packing needs to know of a backbone: how pictures become tokens, and which positions there are.
+
+    Attributes:
+      layout: of pictures.
+      placeholder: id of the image placeholder.
+      position_mode: of `MODES`.
+      limit: positions that there are (`Rope.limit`), or None.
 
     Raises:
       ValueError: an unknown position mode.
@@ -195,10 +204,20 @@ class Vision:
     layout: Layout
     placeholder: int
     position_mode: str = "mrope"
+    limit: int | None = None
 
     def __post_init__(self) -> None:
         if self.position_mode not in MODES:
             raise ValueError(f"position_mode {self.position_mode!r}; the modes are {', '.join(MODES)}")
+
+    def check_length(self, max_length: int) -> None:
+        """Raises ValueError if pairs of `max_length` tokens would have positions that there are not."""
+        if self.limit is not None and max_length > self.limit:
+            raise ValueError(
+                f"max_length = {max_length}: beyond max_position_embeddings = {self.limit} this model's rotary "
+                "positions depend on the length of a pair (rope_scaling 'dynamic'), which is not implemented; choose "
+                f"{self.limit} or less"
+            )
 
 
 def check_kind(policy: ImagePolicy, *kinds: str) -> None:

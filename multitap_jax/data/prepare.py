@@ -82,7 +82,11 @@ def prepare(
       target, target_range: see `target_of`.
       max_length: longest pair in tokens, image tokens included.
       advance: told how many more files were decoded.
+
+    Raises:
+      ValueError: see `Vision.check_length`.
     """
+    vision.check_length(max_length)
     encoded = prompter.encode([r.text for r in records], [r.request for r in records], [len(r.images) for r in records])
     pairs = [_pair(*item, target, target_range) for item in zip(records, encoded, strict=True)]
     wanted = [path for r, pair in zip(records, pairs, strict=True) if not isinstance(pair, str) for path in r.images]

@@ -60,5 +60,5 @@ class Processing:
                 f"{config.image_token_id}; the two files belong to different models"
             )
         layout = family.layout(config, ImagePolicy.parse(contract.image_policy))
-        vision = Vision(layout, prompter.placeholder_id, contract.position_mode)
+        vision = Vision(layout, prompter.placeholder_id, contract.position_mode, config.text.rope.limit)
         return cls(contract, prompter, ImageReader(layout, cache_bytes=cache_bytes), vision)

@@ -8,7 +8,8 @@ because the split follows a control token, and tokenizers never merge across one
     <|im_start|>assistant\n<|vision_start|><|image_pad|><|vision_end|> | {text}<|im_end|>\n
 
 Variants: `official-train` (above), `official-eval` (one assistant message: request or "Describe this image.", image,
-text) and `official-stage2` (as evaluation where the record has a request, as training where it has none).
+text) and `official-stage2` (as evaluation where the record has a request, as training where it has none). Families
+whose chat format `queries` have one user message of the same parts instead, in training without a standard request.
 """
 
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from multitap_jax.data.chat import IMAGE, QWEN2_VL, ChatFormat, Message
+from multitap_jax.data.sentencepiece import MODEL, read_sentencepiece
 from multitap_jax.parallel.host import hush_transformers
 
 DEFAULT_REQUEST = "Describe this image."
@@ -43,12 +45,22 @@ def check_variant(variant: str) -> None:
         raise PromptError(f"unknown prompt variant {variant!r}; the variants are {', '.join(VARIANTS)}")
 
 
-def conversation(variant: str, request: str | None, num_images: int, text: str) -> list[Message]:
-    """The messages of a prompt of one of `VARIANTS`."""
+def render_official(chat: ChatFormat, variant: str, request: str | None, num_images: int, text: str) -> str:
+    """A prompt of one of `VARIANTS`."""
     images = [IMAGE] * num_images
-    if variant == "official-train" or (variant == "official-stage2" and request is None):
-        return [("user", [request or DEFAULT_REQUEST]), ("assistant", [*images, text])]
-    return [("assistant", [request or DEFAULT_REQUEST, *images, text])]
+    trained = variant == "official-train" or (variant == "official-stage2" and request is None)
+    if chat.queries:
+        asked = request or ("" if trained else f"{DEFAULT_REQUEST} ")
+        return chat.render([("user", [asked, *images, text])]) + chat.asking
+    messages: list[Message] = [("assistant", [request or DEFAULT_REQUEST, *images, text])]
+    if trained:
+        messages = [("user", [request or DEFAULT_REQUEST]), ("assistant", [*images, text])]
+    return chat.render(messages)
+
+
+def official_text(chat: ChatFormat, text: str) -> str:
+    """A text as the official code puts it into its prompts: stripped and without quotes, or as it is."""
+    return text if chat.queries else text.strip().replace('"', " ")
 
 
 class SupportsEncode(Protocol):
@@ -66,8 +78,8 @@ class SupportsEncode(Protocol):
 
 
 def control_tokens(tokenizer: Any) -> list[str]:
-    """The tokens that no text may spell, the longest first."""
-    return sorted(set(tokenizer.get_added_vocab()), key=len, reverse=True)
+    """The tokens that no text may spell, the longest first; symbols that are text (`read_sentencepiece`) are none."""
+    return sorted(set(tokenizer.get_added_vocab()) - getattr(tokenizer, "symbols", set()), key=len, reverse=True)
 
 
 def check_text(text: str, what: str, control: Sequence[str]) -> None:
@@ -86,14 +98,17 @@ def load_tokenizer(folder: str | Path) -> Any:
 
     Raises:
       FileNotFoundError: if the folder holds no tokenizer.
+      FolderError: see `read_sentencepiece`.
     """
     hush_transformers()
     from transformers import AutoTokenizer
 
     folder = Path(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        if (folder / MODEL).is_file():
+            return read_sentencepiece(folder)
         raise FileNotFoundError(
-            f"{folder}: no tokenizer here (tokenizer.json or vocab.json with merges.txt); "
+            f"{folder}: no tokenizer here (tokenizer.json, vocab.json with merges.txt, or {MODEL}); "
             "copy the tokenizer files of the backbone into the folder"
         )
     return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
@@ -131,7 +146,7 @@ class Prompter:
 
     def _rendered(self, request: str | None, num_images: int) -> tuple[str, str]:
         """What stands before the judged text, and what after it."""
-        before, _, after = self._chat.render(conversation(self.variant, request, num_images, _TEXT)).partition(_TEXT)
+        before, _, after = render_official(self._chat, self.variant, request, num_images, _TEXT).partition(_TEXT)
         return before, after
 
     def _encode_prefix(self, request: str | None, num_images: int) -> tuple[np.ndarray, str, int]:
@@ -144,7 +159,7 @@ class Prompter:
         return np.concatenate([self._opening, self._ids([before[:cut]])[0]]), last + before[cut:], min(cut, 1)
 
     def _clean(self, text: str, what: str) -> str:
-        check_text(text, what, (*self._control, _TEXT))
+        check_text(text, what, (*self._control, *self._chat.reserved, _TEXT))
         return text
 
     def encode(
@@ -153,14 +168,14 @@ class Prompter:
         """Tokenises many pairs at once; a pair that cannot be scored comes back as its error, in its place.
 
         Args:
-          texts: the texts that are judged; stripped, and quotes replaced by blanks, as the official code does.
+          texts: the texts that are judged, which `official_text` prepares.
           requests: what the image was asked about, or None.
           num_images: images of each record, placed before the text.
         """
         prepared: list[tuple[np.ndarray, str, int] | PromptError] = []
         for text, request, images in zip(texts, requests, num_images, strict=True):
             try:
-                clean = self._clean(text, "text").strip().replace('"', " ")
+                clean = official_text(self._chat, self._clean(text, "text"))
                 if not clean.strip():
                     raise PromptError("the text is empty")
                 if request is not None:

@@ -66,6 +66,9 @@ class StreamPacker:
 
     Attributes:
       book: the shapes handed out so far.
+
+    Raises:
+      ValueError: see `Vision.check_length`.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class StreamPacker:
         cells: int = 1,
         workers: int | None = None,
     ):
+        vision.check_length(max_length)
         self._prompter, self._reader, self._vision = prompter, reader, vision
         self._hidden, self._cells = hidden, cells
         self.batch_tokens, self.max_length = batch_tokens, max_length

@@ -76,6 +76,24 @@ def _llama_vision(hidden: int, layers: int, heads: int, inner: int) -> dict[str,
     return {"model_type": "mllama", "text_config": text, "vision_config": {"image_size": 560}}
 
 
+def _xcomposer() -> dict[str, Any]:
+    return {
+        "model_type": "internlm2",
+        "architectures": ["InternLMXComposer2ForCausalLM"],
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "vocab_size": 92544,
+        "bias": False,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "rope_scaling": {"type": "dynamic", "factor": 2.0},
+        "max_position_embeddings": 24576,
+    }
+
+
 PUBLISHED: dict[str, dict[str, Any]] = {
     "qwen2-vl-2b": _qwen2_vl(1536, 28, 12, 2, 8960, 151936, tied=True),
     "qwen2-vl-7b": _qwen2_vl(3584, 28, 28, 4, 18944, 152064),
@@ -87,6 +105,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "qwen3-vl-8b": _qwen3_vl((4096, 36, 32, 8, 12288), (27, 1152, 4304), [8, 16, 24], False),
     "llama-3.2-vision-11b": _llama_vision(4096, 40, 32, 14336),
     "llama-3.2-vision-90b": _llama_vision(8192, 100, 64, 28672),
+    "internlm-xcomposer2d5-7b": _xcomposer(),
 }
 
 

@@ -102,7 +102,8 @@ def vision_of(family: Family, numbers: Any, config: TrainConfig) -> Vision:
     mode = family.position_modes[0] if config.model.position_mode == "auto" else config.model.position_mode
     if mode not in family.position_modes:
         raise ConfigError(f"config.model.position_mode = {mode!r}: {numbers.model_type} has {family.position_modes[0]}")
-    return Vision(family.layout(numbers, ImagePolicy.parse(policy)), numbers.image_token_id, mode)
+    layout = family.layout(numbers, ImagePolicy.parse(policy))
+    return Vision(layout, numbers.image_token_id, mode, numbers.text.rope.limit)
 
 
 def training_workload(

@@ -16,13 +16,13 @@ from multitap_jax.scoring.artefact import Artefact
 from multitap_jax.scoring.exports.official import HEAD, PREFIX, official_contract, read_contract
 from multitap_jax.scoring.manifest import MANIFEST, ArtefactError
 from multitap_jax.scoring.saving import CONFIG, Contents, companion_files, write_artefact
-from multitap_jax.weights.files import scan_tensors
+from multitap_jax.weights.files import read_json, scan_tensors
 from multitap_jax.weights.finite import FiniteCheck, all_finite
 from multitap_jax.weights.hashing import folder_hash
 from multitap_jax.weights.hub import backbone_tensors
 from multitap_jax.weights.mapping import DTYPES_IN_WORDS, WEIGHT_DTYPES
 from multitap_jax.weights.sources import Source, locate
-from multitap_jax.weights.stored import Stored
+from multitap_jax.weights.stored import FolderError, Stored
 from multitap_jax.weights.writer import write_folder
 
 T = TypeVar("T")
@@ -69,6 +69,7 @@ def import_official(
         source=parts.source.name,
         revision=parts.source.revision,
         provenance={"imported": {"layout": "official", "model_hash": folder_hash(folder)}},
+        entries=parts.entries,
     )
 
     def write_weights(new: Path) -> None:
@@ -99,6 +100,7 @@ class _Parts:
       source: the checkpoint.
       config, companions: the folders that config.json, and tokenizer and processor, come from.
       contract: how the weights were trained.
+      entries: of config.json that say so too (`Family.official`), unless a contract beside the weights does.
       head: the reward head.
       backbone: hub key -> tensor.
     """
@@ -107,6 +109,7 @@ class _Parts:
     config: Path
     companions: Path
     contract: Contract
+    entries: Mapping[str, Any]
     head: RewardHead
     backbone: Mapping[str, Stored]
 
@@ -119,7 +122,8 @@ def _parts(checkpoint: str | Path, base: str | Path | None, chosen: Mapping[str,
     source = _tried(problems, lambda: locate(checkpoint))
     named = source if base is None else _tried(problems, lambda: locate(base))
     folders = [place.folder for place in (source, named) if place]
-    config = next((folder for folder in folders if (folder / CONFIG).is_file()), None)
+    present = [folder for folder in folders if (folder / CONFIG).is_file()]
+    config = next((folder for folder in present if _names_a_model(folder)), next(iter(present), None))
     if source:
         tensors, whole = _tensors(source.folder, problems)
     if config:
@@ -136,7 +140,16 @@ def _parts(checkpoint: str | Path, base: str | Path | None, chosen: Mapping[str,
         problems.append(f"{named.folder} has no tokenizer; {_BASE}")
     if problems or not (source and config and named and contract and head and backbone):
         raise ArtefactError(f"{checkpoint} cannot be imported:\n  " + "\n  ".join(problems))
-    return _Parts(source, config, named.folder, contract, head, backbone)
+    entries = settings[0].official if settings and read_contract(source.folder) is None else {}
+    return _Parts(source, config, named.folder, contract, entries, head, backbone)
+
+
+def _names_a_model(folder: Path) -> bool:
+    """Whether a folder's config.json says what its model is; the official code's own, of its reward model, need not."""
+    try:
+        return bool(read_json(folder / CONFIG).get("model_type"))
+    except FolderError:
+        return True  # whoever reads it says what is wrong
 
 
 def _tried(problems: list[str], call: Callable[[], T]) -> T | None:

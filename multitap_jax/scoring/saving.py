@@ -58,6 +58,7 @@ class Contents:
       source, revision: the backbone's origin, for people.
       provenance: anything JSON.
       seen: the records that weights and heads have seen (`data/seen.py`), by who has.
+      entries: go into config.json where it does not have them.
     """
 
     head: RewardHead
@@ -71,6 +72,7 @@ class Contents:
     revision: str = ""
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     seen: Mapping[str, Seen] = dataclasses.field(default_factory=dict)
+    entries: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def write_artefact(
@@ -94,7 +96,7 @@ def write_artefact(
       FileExistsError: the folder is in the way.
       ArtefactError: ridge head and objectives do not fit each other; NaN in a head.
     """
-    config = read_config_json(contents.config)
+    config = {**contents.entries, **read_config_json(contents.config)}
     objectives = checked_objectives(contents.ridge, contents.objectives)
     heads = tensors_to_bytes(head_arrays(contents.head, contents.ridge) | to_arrays(contents.seen))
     with new_folder(folder, replaceable=lambda old: overwrite and (old / MANIFEST).is_file()) as new:

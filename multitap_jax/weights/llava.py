@@ -31,19 +31,19 @@ def table(config: LlavaConfig | LlavaOnevisionConfig) -> Table:
     return Table(tuple(rules), SPELLINGS, unused_keys(config.vision))
 
 
-def tower_rules(config: ViTConfig) -> list[Rule]:
-    """`backbones.vit.ViT` under the names of transformers' CLIP and SigLIP."""
+def tower_rules(config: ViTConfig, key: str = TOWER) -> list[Rule]:
+    """`backbones.vit.ViT` under the names of transformers' CLIP and SigLIP, after `key`."""
     path = "vision.tower"
     rules = [
-        Rule(f"{TOWER}.embeddings.patch_embedding.weight", f"{path}.patch_embed.kernel", "conv2d"),
-        Rule(f"{TOWER}.embeddings.position_embedding.weight", f"{path}.positions"),
+        Rule(f"{key}.embeddings.patch_embedding.weight", f"{path}.patch_embed.kernel", "conv2d"),
+        Rule(f"{key}.embeddings.position_embedding.weight", f"{path}.positions"),
     ]
     if config.class_token:
-        rules.append(Rule(f"{TOWER}.embeddings.class_embedding", f"{path}.class_token"))
-        rules += layer_norm(f"{TOWER}.pre_layrnorm", f"{path}.pre_norm")
+        rules.append(Rule(f"{key}.embeddings.class_embedding", f"{path}.class_token"))
+        rules += layer_norm(f"{key}.pre_layrnorm", f"{path}.pre_norm")
     else:
-        rules.append(Rule(f"{TOWER}.embeddings.patch_embedding.bias", f"{path}.patch_embed.bias"))
-    return rules + _layer_rules(f"{path}.layers")
+        rules.append(Rule(f"{key}.embeddings.patch_embedding.bias", f"{path}.patch_embed.bias"))
+    return rules + _layer_rules(key, f"{path}.layers")
 
 
 def projector_rules(config: LlavaConfig | LlavaOnevisionConfig) -> list[Rule]:
@@ -55,7 +55,7 @@ def projector_rules(config: LlavaConfig | LlavaOnevisionConfig) -> list[Rule]:
 def unused_keys(config: ViTConfig) -> dict[str, str | None]:
     """What a checkpoint holds behind the states that are looked at: later layers, the last norm, heads."""
     keys: dict[str, str | None] = {"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"}
-    layers = [rule.key for rule in _layer_rules("")]
+    layers = [rule.key for rule in _layer_rules(TOWER, "")]
     behind = range(config.num_layers, config.stored_layers)
     names = [key.replace("{layer}", str(number)) for number in behind for key in layers]
     names += [f"{TOWER}.post_layernorm.{kind}" for kind in ("weight", "bias")]
@@ -66,8 +66,8 @@ def unused_keys(config: ViTConfig) -> dict[str, str | None]:
     return keys | dict.fromkeys(names)
 
 
-def _layer_rules(path: str) -> list[Rule]:
-    key = f"{TOWER}.encoder.layers.{{layer}}"
+def _layer_rules(tower: str, path: str) -> list[Rule]:
+    key = f"{tower}.encoder.layers.{{layer}}"
     rules = layer_norm(f"{key}.layer_norm1", f"{path}.norm1") + layer_norm(f"{key}.layer_norm2", f"{path}.norm2")
     for name in ("q_proj", "k_proj", "v_proj"):
         rules += linear(f"{key}.self_attn.{name}", f"{path}.attention.{name}")

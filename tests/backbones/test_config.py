@@ -118,7 +118,8 @@ def test_every_family_names_all_that_it_cannot_do(family):
         "vision_config": {"hidden_act": "swish", "hidden_size": None, "patch_size": [14, 14]},
     }
     with pytest.raises(ConfigError) as caught:
-        from_config({"model_type": family, **sections}, rngs=nnx.Rngs(0), preprocessor={"image_std": "one"})
+        config = {"model_type": family, **sections["text_config"], **sections}  # some keep the text's entries on top
+        from_config(config, rngs=nnx.Rngs(0), preprocessor={"image_std": "one"})
     for part in (
         "hidden_act = 'relu' is not implemented",
         "num_hidden_layers = '8' must be",

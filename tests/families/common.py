@@ -104,7 +104,7 @@ def random_weight(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     """float32 weights that keep activations O(1); the same for a tensor under any of its names."""
     plain = re.sub(r"^(model\.)?(language_model\.)?(model\.)?", "", name)
     noise = np.random.default_rng([seed, zlib.crc32(plain.encode())]).standard_normal(shape).astype(np.float32)
-    if "embed_tokens" in name:
+    if any(part in name for part in ("embed_tokens", "tok_embeddings", "_GN")):
         return noise
     if "gate" in name and np.prod(shape) == 1:  # tanh gates: neither closed nor saturated
         return np.float32(0.5) + np.float32(0.3) * noise

@@ -75,11 +75,12 @@ def check_numbers(family, folder):
 
 def check_descriptions(family, folder):
     inputs = json.loads((folder / "program" / "program.json").read_text())["inputs"]
-    apart, mixed = family == "mllama", family == "llava_onevision"
+    apart, mixed, tiled = family == "mllama", family == "llava_onevision", family == "internlm2"
     place, numbers = inputs["patch_position"]["meaning"], inputs["patch_position"]["shape"][-1]
-    assert numbers == (6 if mixed else 2), family
+    assert numbers == (6 if mixed else 4 if tiled else 2), family
     assert ("multiples of 2^-24" in place) == mixed, family
-    assert place.startswith("(row, column)") == (not mixed), family
+    assert place.startswith("(row, column)") == (not mixed and not tiled), family
+    assert ("tiles across" in place) == tiled, family
     assert ("canvas of tiles" in place) == apart, family
     assert (inputs["image_token"]["shape"][1] > 0) == apart, family
     assert inputs["image_cell"]["meaning"].startswith("at an image token the index of its image") == apart, family

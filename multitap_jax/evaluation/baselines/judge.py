@@ -72,10 +72,13 @@ class Judge:
         if processing.vision.layout.apart:
             raise ValueError(
                 f"{folder}: {backbone.config.model_type} attends to images outside of its rows, which decoding does "
-                "not do here; the rivals run on Qwen2-VL, Qwen2.5-VL, Qwen3-VL, LLaVA and LLaVA-OneVision"
+                "not do here; the rivals run on Qwen2-VL, Qwen2.5-VL, Qwen3-VL, LLaVA, LLaVA-OneVision and "
+                "InternLM-XComposer2.5"
             )
         tokenizer, chat = load_tokenizer(folder), read_config(folder)[0].chat
         self.stop = stop_tokens(folder, tokenizer)
+        if chat.stop is not None:
+            self.stop = (*self.stop, int(tokenizer.convert_tokens_to_ids(chat.stop)))
         self._prompter = JudgePrompter(tokenizer, chat)
         packer = StreamPacker(
             self._prompter,

@@ -69,7 +69,7 @@ class JudgePrompter:
             try:
                 if not body:
                     raise PromptError("the text is empty")
-                check_text(body, "prompt", self._control)
+                check_text(body, "prompt", (*self._control, *self._chat.reserved))
             except PromptError as error:
                 errors[index] = error
             rendered.append("" if index in errors else self.render(body, count))

@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from multitap_jax.data.prompts import conversation
+from multitap_jax.data.prompts import render_official
 from multitap_jax.families import read_config
 from multitap_jax.scoring.artefact import Artefact
 from multitap_jax.scoring.saving import CONFIG, companion_files
+
+AS_IT_IS = "it goes into the prompt as it is"
 
 
 def copy_carried(folder: Path, new: Path) -> None:
@@ -23,10 +25,12 @@ def rendered_prompts(artefact: Artefact) -> dict[str, str]:
     """A pair of one image as text, as the artefact's contract has it, for programs that know no chat format."""
     chat, variant = read_config(artefact.folder)[0].chat, artefact.manifest.contract.prompt
     return {
-        "prompt": chat.render(conversation(variant, None, 1, "{text}")),
-        "prompt_with_request": chat.render(conversation(variant, "{request}", 1, "{text}")),
+        "prompt": render_official(chat, variant, None, 1, "{text}"),
+        "prompt_with_request": render_official(chat, variant, "{request}", 1, "{text}"),
         "placeholder": chat.placeholder,
-        "text": "strip it and replace double quotes by blanks before it goes into the prompt",
+        "text": AS_IT_IS
+        if chat.queries
+        else "strip it and replace double quotes by blanks before it goes into the prompt",
     }
 
 

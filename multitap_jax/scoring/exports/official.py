@@ -8,7 +8,7 @@ trained for goes along in a file of our own, which `multitap import` reads and t
 import dataclasses
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from multitap_jax.files import canonical_hash, json_bytes, new_folder
 from multitap_jax.scoring.artefact import Artefact
 from multitap_jax.scoring.exports.common import copy_carried
 from multitap_jax.scoring.manifest import ArtefactError
-from multitap_jax.weights.files import stored_tensors
+from multitap_jax.scoring.saving import CONFIG
+from multitap_jax.weights.files import read_json, stored_tensors
 from multitap_jax.weights.mapping import WeightError
 from multitap_jax.weights.writer import write_folder
 
@@ -81,7 +82,9 @@ def export_official(
         copy_carried(artefact.folder, new)
         (new / CONTRACT).write_bytes(json_bytes(_described(contract)))
         write_folder(new, headers, tensors(), max_shard_bytes)
-    differences = _differences(contract, official_contract(*read_config(artefact.folder), contract.prompt))
+    family, numbers = read_config(artefact.folder)
+    differences = _differences(contract, official_contract(family, numbers, contract.prompt))
+    differences += _unofficial(family, read_json(artefact.folder / CONFIG))
     if differences:
         warnings.warn(
             f"these weights were trained for {'; '.join(differences)}: the official code would give other scores. "
@@ -128,3 +131,12 @@ def _described(contract: Contract) -> dict[str, dict[str, str]]:
 def _differences(contract: Contract, official: Contract) -> list[str]:
     ours, theirs = dataclasses.asdict(contract), dataclasses.asdict(official)
     return [f"{name} {ours[name]} (official: {theirs[name]})" for name in ours if ours[name] != theirs[name]]
+
+
+def _unofficial(family: Family, config: Mapping[str, Any]) -> list[str]:
+    """Where a `config.json` is read otherwise than the official code computes (`Family.official`)."""
+    return [
+        f"{name} {config.get(name, 'by default')} (official: {value})"
+        for name, value in family.official.items()
+        if config.get(name) != value
+    ]

@@ -54,10 +54,12 @@ MEANINGS_APART = {
     "patch_position": "(row, column) of each patch in its image's canvas of tiles, 0 in tiles that only fill up",
     "patch_segment": "which image of the vision row a patch belongs to, from 1; 0 is padding, tiles that fill up too",
 }
-# Where maps of features are resized.
-MEANINGS_MIXED = {
-    "patch_position": "what the cell of each patch is mixed from: upper left, upper right, lower left and lower right "
-    "patch, counted from the image's first, and the weights of right and of lower in multiples of 2^-24",
+# Where a patch is placed by other numbers (`Layout.coordinates`).
+PLACES = {
+    4: "where the tile of each patch stands: row, tiles down, column, tiles across; zeros in the block of the whole, "
+    "whose pixels are zeros",
+    6: "what the cell of each patch is mixed from: upper left, upper right, lower left and lower right patch, counted "
+    "from the image's first, and the weights of right and of lower in multiples of 2^-24",
 }
 
 
@@ -177,7 +179,8 @@ def _weights(folder: Path, model: Any, heads: dict[str, np.ndarray]) -> Iterator
 
 def _inputs(batch: Mapping[str, jax.ShapeDtypeStruct], layout: Layout) -> dict[str, Any]:
     """Shape, type and meaning of each field of the batch."""
-    meanings = MEANINGS | (MEANINGS_APART if layout.apart else {}) | (MEANINGS_MIXED if layout.coordinates > 2 else {})
+    meanings = MEANINGS | (MEANINGS_APART if layout.apart else {})
+    meanings["patch_position"] = PLACES.get(layout.coordinates, meanings["patch_position"])
     return {
         name: {"shape": list(spec.shape), "dtype": np.dtype(spec.dtype).name, "meaning": meanings[name]}
         for name, spec in batch.items()
