@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from multitap_jax.backbones.attention import Keys, Queries, Visibility, attention, make_cross_visibility
+from multitap_jax.backbones.attention import Keys, Queries, Setup, Visibility, attention, make_cross_visibility
 from multitap_jax.backbones.decoder import Decoder, DecoderConfig, TextMLP
 from multitap_jax.backbones.layers import Linear, RMSNorm, gated, param
 from multitap_jax.backbones.stack import Execution, collect_layers, run_groups, run_layer, run_layers
@@ -169,7 +169,7 @@ class CrossDecoder(Decoder):
         return jax.tree.map(lambda leaf: leaf[:place], layers), cross, jax.tree.map(lambda leaf: leaf[place:], layers)
 
 
-def see(batch: PackedBatch, states: jax.Array, real: jax.Array, *, row_mask: str, backend: str) -> Sight:
+def see(batch: PackedBatch, states: jax.Array, real: jax.Array, *, row_mask: str, setup: Setup) -> Sight:
     """Who sees which image, by the processor's rule for images that stand next to each other in their prompt.
 
     From an image token on, a token of the group sees the real tiles of that image. A token that precedes all images of
@@ -181,7 +181,7 @@ def see(batch: PackedBatch, states: jax.Array, real: jax.Array, *, row_mask: str
       states: [N, X, H].
       real: bool[N, T], tiles that are no padding.
       row_mask: see `CrossConfig`.
-      backend: of attention.
+      setup: of attention.
     """
     segment, prefix = jnp.asarray(batch.segment), jnp.asarray(batch.prefix)
     at = jnp.asarray(batch.image_token)
@@ -199,7 +199,7 @@ def see(batch: PackedBatch, states: jax.Array, real: jax.Array, *, row_mask: str
     spread = lambda values: jnp.repeat(values, states.shape[1] // real.shape[1], axis=2).reshape(len(at), -1)
     keys = Keys(spread(tile_run), spread(jnp.broadcast_to(at[:, :, None], tiles.shape)))
     attends = sees | early if row_mask == "hf" else sees
-    return Sight(states, cell, make_cross_visibility(queries, keys, backend=backend), attends, sees)
+    return Sight(states, cell, make_cross_visibility(queries, keys, setup=setup), attends, sees)
 
 
 def _of_rows(values: jax.Array, cell: jax.Array) -> jax.Array:

@@ -196,7 +196,7 @@ class Decoder(nnx.Module):
 
     def shared(self, batch: PackedBatch, execution: Execution) -> tuple[Angles, Visibility]:
         """What every layer gets besides its input."""
-        visibility = make_visibility(batch.segment, batch.prefix, causal=True, backend=execution.attention)
+        visibility = make_visibility(batch.segment, batch.prefix, causal=True, setup=execution.setup)
         return self.config.rope.angles(jnp.asarray(batch.positions), self.config.head_dim), visibility
 
     def pool(self, x: jax.Array, batch: PackedBatch) -> jax.Array:

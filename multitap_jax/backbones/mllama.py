@@ -148,4 +148,4 @@ class Mllama(Backbone):
         if batch.patches.shape[0] == 0 or batch.image_token.shape[1] == 0:
             return None
         states, real = pin(self.vision(batch, execution), execution), self.vision.real_tiles(batch)
-        return see(batch, states, real, row_mask=self.config.cross.row_mask, backend=execution.attention)
+        return see(batch, states, real, row_mask=self.config.cross.row_mask, setup=execution.setup)

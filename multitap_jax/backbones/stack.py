@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from multitap_jax.backbones.attention import check_backend
+from multitap_jax.backbones.attention import Setup, check_backend
 
 _POLICIES = {
     # Keep the products with weights (the dear part), recompute norms, activations and attention scores.
@@ -27,10 +27,11 @@ class Execution:
       dtype: computation type, "float32" or "bfloat16"; norms, softmax and rotary angles stay float32.
       remat: what the backward pass recomputes: "none", "dots" (all but weight products), "offload" (the same, and
         the products wait in the memory of the host), "full" (all of a layer).
-      attention: attention backend, a name of `attention.BACKENDS`, or "auto", the fastest for platform and length.
+      attention: attention backend, a name of `attention.BACKENDS`, or "auto": by platform, type, length and mesh.
       layers: "scan" compiles one layer; "loop" unrolls them (for debugging; same values).
       mesh: where the parameters are sharded; activations are then held to the batch's sharding, so that weights are
         gathered and not activations. A mapped batch dimension gets its axes from `jax.vmap(spmd_axis_name=...)`.
+      along_context: rows [B, S, ...] are spread over the mesh axis `context` by S; see `along_rows`.
 
     Raises:
       ValueError: a value is not among the above.
@@ -41,6 +42,7 @@ class Execution:
     attention: str = "auto"
     layers: str = "scan"
     mesh: jax.sharding.Mesh | None = None
+    along_context: bool = False
 
     def __post_init__(self) -> None:
         choices = {"dtype": ("float32", "bfloat16"), "remat": ("none", *_POLICIES), "layers": ("scan", "loop")}
@@ -53,6 +55,16 @@ class Execution:
     def compute_dtype(self) -> jnp.dtype:
         """`dtype` as a type."""
         return jnp.dtype(self.dtype)
+
+    @property
+    def setup(self) -> Setup:
+        """What attention is computed with."""
+        return Setup(self.attention, self.dtype, self.mesh, self.along_context)
+
+    def along_rows(self) -> "Execution":
+        """The execution of a decoder, whose rows the devices of `context` share; towers compute theirs whole."""
+        shared = self.mesh is not None and self.mesh.shape["context"] > 1
+        return dataclasses.replace(self, along_context=shared)
 
 
 def run_layers(layers: Any, x: jax.Array, *shared: Any, each: tuple[Any, ...] = (), execution: Execution) -> jax.Array:
@@ -133,10 +145,11 @@ def _step(shared: tuple[Any, ...], execution: Execution) -> Callable[..., jax.Ar
 
 
 def pin(x: jax.Array, execution: Execution) -> jax.Array:
-    """Holds an activation to the batch's sharding; see `Execution.mesh`."""
+    """Holds an activation [rows, S, ...] to the batch's sharding; see `Execution`."""
     if execution.mesh is None:
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(execution.mesh, PartitionSpec(*[None] * x.ndim)))
+    spec = PartitionSpec(None, "context" if execution.along_context else None, *[None] * (x.ndim - 2))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(execution.mesh, spec))
 
 
 def collect_layers(

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from multitap_jax.backbones import Execution, attention
+from multitap_jax.backbones import Execution
+from multitap_jax.backbones.attention import blockwise
 from multitap_jax.backbones.qwen3_vl import PositionTable, Qwen3VL, Qwen3VLConfig, last_positions
 from multitap_jax.backbones.stack import collect_layers, keep_layers
 from multitap_jax.config import ConfigError
@@ -30,7 +31,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK", 16)
+    monkeypatch.setattr(blockwise, "BLOCK", 16)
 
 
 @pytest.mark.parametrize("prompt", ["official-train", "official-eval"])
