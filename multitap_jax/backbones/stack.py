@@ -18,6 +18,8 @@ _POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
+_GROUP = "group"  # name of a layer's parameters as they are looked up
+
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
@@ -84,6 +86,59 @@ def run_layers(layers: Any, x: jax.Array, *shared: Any, each: tuple[Any, ...] = 
     return run_groups(lambda x, part: (step(x, *part), None), x, (layers, *each), execution=execution)[0]
 
 
+def run_to(
+    at: jax.Array,
+    layers: Any,
+    x: jax.Array,
+    shared: tuple[Any, ...],
+    last: tuple[Any, ...],
+    *,
+    each: tuple[Any, ...] = (),
+    execution: Execution,
+) -> jax.Array:
+    """As `run_layers`, but the last layer computes the tokens at columns int32[B, K] alone: [B, K, H].
+
+    Args:
+      at: the columns; the last layer gets them as an argument of that name.
+      layers, x, shared, each, execution: as in `run_layers`, L at least 1.
+      last: what the last layer gets in place of `shared`.
+    """
+    end = ending(at, shared, last, execution)
+    step = lambda state, part: (end(*part[:1], *state, *part[1:]), None)
+    return run_groups(step, start(x, at), (is_last(num_layers(layers)), layers, *each), execution=execution)[0][1]
+
+
+def ending(
+    at: jax.Array, shared: tuple[Any, ...], last: tuple[Any, ...], execution: Execution
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """(bool[] last, x [B, S, H], found [B, K, H], layer, *own) -> x and found: one of them new, by the layer.
+
+    One place of a scanned stack can so be two layers, without its weights being cut in two, which would copy them.
+    """
+    whole, few = execution, dataclasses.replace(execution, along_context=False)
+
+    def step(is_last: jax.Array, x: jax.Array, found: jax.Array, layer: Any, *own: Any) -> tuple[jax.Array, jax.Array]:
+        x = pin(x, whole)
+        return jax.lax.cond(
+            is_last,
+            lambda: (x, pin(layer(x, *last, *own, at=at), few)),
+            lambda: (pin(layer(x, *shared, *own), whole), found),
+        )
+
+    # Also where everything is saved: what a branch reads is then not saved once more for each layer.
+    return _remat(step, execution, _POLICIES.get(execution.remat, jax.checkpoint_policies.everything_saveable))
+
+
+def start(x: jax.Array, at: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What `ending` is given first."""
+    return x, jnp.zeros((*at.shape, x.shape[-1]), x.dtype)
+
+
+def is_last(count: int) -> np.ndarray:
+    """bool[count], false but for the last."""
+    return np.arange(count) == count - 1
+
+
 def run_layer(layer: Any, x: jax.Array, *shared: Any, execution: Execution) -> jax.Array:
     """layer(x, *shared) for one layer that is not stacked, sharded and rematerialised as those of a stack."""
     return _step(shared, execution)(x, layer)
@@ -138,10 +193,13 @@ def keep_layers(
 def _step(shared: tuple[Any, ...], execution: Execution) -> Callable[..., jax.Array]:
     """(x, layer, *own) -> layer(x, *shared, *own), held to the batch's sharding and rematerialised as asked."""
     step = lambda x, layer, *own: pin(layer(pin(x, execution), *shared, *own), execution)
-    if execution.remat == "none":
-        return step
+    return step if execution.remat == "none" else _remat(step, execution, _POLICIES[execution.remat])
+
+
+def _remat(step: Callable[..., Any], execution: Execution, policy: Callable[..., bool]) -> Callable[..., Any]:
+    """`step`, of which the backward pass recomputes what `policy` does not save."""
     # A scan keeps XLA from merging the recomputation with the forward pass; an unrolled loop needs the barrier.
-    return jax.checkpoint(step, policy=_POLICIES[execution.remat], prevent_cse=execution.layers == "loop")
+    return jax.checkpoint(step, policy=policy, prevent_cse=execution.layers == "loop")
 
 
 def pin(x: jax.Array, execution: Execution) -> jax.Array:

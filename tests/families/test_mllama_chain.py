@@ -85,6 +85,9 @@ def test_the_compiler_counts_the_same(model):
         patches=images * patches,
         patch_pairs=images * patches**2,
         cross_pairs=rows * length * batch.image_token.shape[1] * patches,
+        pooled=batch.pool.size,
+        pooled_pairs=batch.pool.size * length,
+        pooled_cross_pairs=batch.pool.size * batch.image_token.shape[1] * patches,
     )
     ours = forward_flops(config, work).total
     execution = Execution(layers="loop", attention="dense")

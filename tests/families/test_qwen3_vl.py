@@ -145,7 +145,7 @@ def test_flops_count_every_merger():
     v, n = numbers.vision, 40
     linear = 4 * 2 * n * (4 * v.size**2 + 2 * v.size * v.intermediate_size) + 2 * n * 768 * v.size
     mergers = 3 * (n // 4) * 2 * ((4 * v.size) ** 2 + 4 * v.size * 64)
-    assert forward_flops(numbers, Work(0, 0, n, 900, 0)).vision == linear + mergers + 4 * 4 * v.size * 900
+    assert forward_flops(numbers, Work(0, 0, n, 900, 0, 0, 0)).vision == linear + mergers + 4 * 4 * v.size * 900
 
 
 def test_its_prompt_has_no_system_message():
