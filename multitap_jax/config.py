@@ -57,7 +57,8 @@ class ModelConfig:
       dtype: computation type, "bfloat16" or "float32"; master weights are always float32.
       remat: what the backward pass recomputes: "none", "dots" (keep matrix products), "offload" (keep them in the
         host's memory), "full" (keep layer inputs only).
-      attention: attention backend: "auto", "dense", "chunked" or "blockwise" (`backbones/attention.py`).
+      attention: attention backend: "auto" (by platform, type, length and mesh), "dense", "chunked", "blockwise",
+        "cudnn" (NVIDIA), "splash" (TPU) or "ring" (rows spread over `mesh.context`); docs/performance.md.
       position_mode: "mrope" (the architecture's own), "flat" (one running position on all three axes, as the official
         checkpoints were trained), or "auto" (what the checkpoint says, else "mrope").
     """
@@ -211,7 +212,8 @@ class MeshConfig:
       data: shares of the batch, each with whole parameters.
       fsdp: shares of the batch that also share the parameters.
       tensor: shares of heads and of inner widths.
-      context: shares of a sequence; 1, until an attention backend can do it.
+      context: stretches of each row of the decoder, for rows too long for one device (`attention/ring.py`); towers
+        are computed whole on each.
     """
 
     data: int = -1

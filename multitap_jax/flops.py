@@ -4,6 +4,7 @@ Only useful work counts: no padding, no recomputation (remat), no optimizer. A p
 
   decoder, per token and layer     2 (2 H A D + 2 H G D + 3 H I)            q and o, k and v, gated MLP of inner size I
   decoder, per visible pair, layer 4 A D                                    scores and mix, exactly under the mask
+  last layer                       2 (2 H G D) a token, the rest of the above for pooled tokens and their pairs
   vision, per patch and layer      2 (4 E^2 + 2 E V)                        qkv, out, MLP of inner size V (gated: 3 E V)
   vision, per visible pair, layer  4 E                                      of one picture, or of one window of it
   vision, per patch                2 F E                                    patch embedding (frames folded)
@@ -50,8 +51,10 @@ TRAINING_FACTORS: dict[str, tuple[int, int]] = {"full": (3, 3), "text": (3, 1), 
 class Work(NamedTuple):
     """What a batch asks for: real tokens and patches, and how many (query, key) pairs the mask lets see each other.
 
+    `pooled` are the tokens whose states are wanted, and `pooled_pairs` the pairs of which they are the query.
     `patch_pairs` are pairs of one picture, `window_pairs` pairs of one window of it where a tower has windows. Where
-    images are kept out of the row: `images`, their number, and `cross_pairs` of a token and a patch that it attends to.
+    images are kept out of the row: `images`, their number, and `cross_pairs` of a token and a patch that it attends to,
+    `pooled_cross_pairs` those of pooled tokens.
     `image_tokens` are those of the tokens that stand for images.
     """
 
@@ -60,9 +63,12 @@ class Work(NamedTuple):
     patches: int
     patch_pairs: int
     padded_tokens: int
+    pooled: int
+    pooled_pairs: int
     window_pairs: int | None = None
     images: int = 0
     cross_pairs: int = 0
+    pooled_cross_pairs: int = 0
     image_tokens: int = 0
 
 
@@ -86,41 +92,57 @@ def count_work(batch: PackedBatch, *, window: int | None = None, block: tuple[in
       window: patches a side of the windows that layers of the tower attend in, where the configuration has a `window`.
       block: that of `Layout`; needed where images are kept out of the row.
     """
-    segment, prefix = np.asarray(batch.segment), np.asarray(batch.prefix)
-    pairs = 0
-    for row, seen in zip(segment, prefix, strict=True):
-        sizes = np.bincount(row)
-        first = np.zeros(len(sizes), np.int64)
-        first[row] = seen  # every token of a run sees the same other run
-        runs = np.arange(1, len(sizes))
-        own = sizes[runs].astype(np.int64)
-        shared = np.where(first[runs] != runs, sizes[np.minimum(first[runs], len(sizes) - 1)], 0)
-        pairs += int(np.sum(own * (own + 1) // 2 + own * shared))
+    segment = np.asarray(batch.segment)
+    seen = np.stack([_seen(*row) for row in zip(segment, np.asarray(batch.prefix), strict=True)])
+    pooled = np.nonzero(np.asarray(batch.record) >= 0)
+    pooled = (pooled[0], np.asarray(batch.pool)[pooled])
     patch_segment = np.asarray(batch.patch_segment)
     patch_pairs = sum(int(np.sum(np.bincount(row)[1:].astype(np.int64) ** 2)) for row in patch_segment)
     window_pairs = None if window is None else _window_pairs(np.asarray(batch.patch_position), patch_segment, window)
-    apart = (0, 0) if block is None or not batch.image_token.size else _count_apart(batch, block[0])
-    patches, image_tokens = int((patch_segment > 0).sum()), int((np.asarray(batch.image_cell) >= 0).sum())
-    tokens = int((segment > 0).sum())
-    return Work(tokens, pairs, patches, patch_pairs, segment.size, window_pairs, *apart, image_tokens)
+    work = Work(
+        tokens=int((segment > 0).sum()),
+        token_pairs=int(seen.sum()),
+        patches=int((patch_segment > 0).sum()),
+        patch_pairs=patch_pairs,
+        padded_tokens=segment.size,
+        pooled=len(pooled[0]),
+        pooled_pairs=int(seen[pooled].sum()),
+        window_pairs=window_pairs,
+        image_tokens=int((np.asarray(batch.image_cell) >= 0).sum()),
+    )
+    if block is None or not batch.image_token.size:
+        return work
+    images = int((patch_segment > 0).reshape(-1, block[0]).any(axis=1).sum())
+    attended = _attended(batch, block[0])
+    return work._replace(images=images, cross_pairs=int(attended.sum()), pooled_cross_pairs=int(attended[pooled].sum()))
 
 
-def _count_apart(batch: PackedBatch, block: int) -> tuple[int, int]:
-    """Images that are one block and one cell each, and pairs of a token and a patch that it attends to.
+def _seen(segment: np.ndarray, prefix: np.ndarray) -> np.ndarray:
+    """int64[S]: keys that each token of a row sees: of its run up to itself, and the other run that it sees."""
+    sizes = np.bincount(segment, minlength=int(prefix.max()) + 1)
+    order = np.argsort(segment, kind="stable")
+    place = np.empty(len(segment), np.int64)
+    place[order] = np.arange(len(segment)) - (np.cumsum(sizes) - sizes)[segment[order]]
+    shared = np.where(prefix != segment, sizes[prefix], 0)
+    return np.where(segment > 0, place + 1 + shared, 0)
+
+
+def _attended(batch: PackedBatch, block: int) -> np.ndarray:
+    """int64[B, S]: patches that each token attends to, of images that are one block and one cell each.
 
     Tokens after an image attend to its real patches; tokens of its group before the first image to all of the block.
     """
     segment, prefix, at = (np.asarray(x) for x in (batch.segment, batch.prefix, batch.image_token))
     real = (np.asarray(batch.patch_segment) > 0).reshape(-1, block).sum(axis=1)
-    pairs = 0
+    found = np.zeros(segment.shape, np.int64)
     for row in range(len(at)):
         columns = at[row][at[row] >= 0]
         runs = segment[row, columns]
         for column, run in zip(columns, runs, strict=True):
             own = np.flatnonzero(prefix[row] == run)
-            pairs += int((own >= column).sum()) * int(real[np.asarray(batch.image_cell)[row, column]])
-            pairs += int((own < columns[runs == run].min()).sum()) * block
-    return int((real > 0).sum()), pairs
+            found[row, own[own >= column]] += real[np.asarray(batch.image_cell)[row, column]]
+            found[row, own[own < columns[runs == run].min()]] += block
+    return found
 
 
 def _window_pairs(position: np.ndarray, segment: np.ndarray, side: int) -> int:
@@ -143,11 +165,14 @@ def forward_flops(config: Any, work: Work) -> Flops:
     return Flops(float(decoder_flops(config.text, work)), float(config.vision_flops(work.patches, *pairs)))
 
 
-def decoder_flops(text: Any, work: Work) -> float:
-    """Forward FLOPs of the layers of a `DecoderConfig`."""
+def decoder_flops(text: Any, work: Work, *, last: bool = True) -> float:
+    """Forward FLOPs of the layers of a `DecoderConfig`; `last` says whether they hold the last layer of the model."""
     heads, groups = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
-    per_token = 2 * text.hidden_size * (2 * heads + 2 * groups + 3 * text.intermediate_size)
-    return text.num_layers * (work.tokens * per_token + work.token_pairs * 4 * heads)
+    keys = work.tokens * 2 * text.hidden_size * 2 * groups
+    asking = 2 * text.hidden_size * (2 * heads + 3 * text.intermediate_size)
+    whole = keys + work.tokens * asking + work.token_pairs * 4 * heads
+    few = keys + work.pooled * asking + work.pooled_pairs * 4 * heads
+    return text.num_layers * whole + (few - whole if last else 0)
 
 
 def train_flops(config: Any, work: Work, parts: str = "full") -> float:

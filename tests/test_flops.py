@@ -17,24 +17,28 @@ def packed() -> PackedBatch:
     segment = np.array([[1, 1, 1, 2, 2, 3, 4, 4, 5, 0], [1, 2, 2, 0, 0, 0, 0, 0, 0, 0]], np.int32)
     prefix = np.array([[1, 1, 1, 1, 1, 1, 4, 4, 4, 0], [1, 1, 1, 0, 0, 0, 0, 0, 0, 0]], np.int32)
     patches = np.array([[1] * 4 + [2] * 8 + [0] * 4], np.int32)
-    return toy_batch(0)._replace(segment=segment, prefix=prefix, patch_segment=patches)
+    pool, record = (np.array(x, np.int32) for x in ([[4, 5, 8], [2, 0, 0]], [[0, 1, 2], [3, -1, -1]]))
+    return toy_batch(0)._replace(segment=segment, prefix=prefix, patch_segment=patches, pool=pool, record=record)
 
 
 def test_work_is_what_the_mask_lets_through():
     batch = packed()
     column = np.broadcast_to(np.arange(10), batch.segment.shape)
     mask = np.asarray(visible(Queries(batch.segment, batch.prefix, column), Keys(batch.segment, column)))
+    pooled = [(0, 4), (0, 5), (0, 8), (1, 2)]
+    seen = sum(int(mask[at].sum()) for at in pooled)
     images = int((np.asarray(batch.image_cell) >= 0).sum())
-    assert count_work(batch) == Work(12, int(mask.sum()), 12, 4**2 + 8**2, 20, image_tokens=images)
+    assert count_work(batch) == Work(12, int(mask.sum()), 12, 4**2 + 8**2, 20, len(pooled), seen, image_tokens=images)
 
 
 def test_the_parameters_of_a_2b_model_give_its_flops():
     """Without attention, a token costs twice the decoder's matrix entries."""
     hf = Qwen2VLConfig.from_hf(tiny_config(num_hidden_layers=5))
     config = hf.text
-    work = Work(7, 0, 0, 0, 7)
+    work = Work(7, 0, 0, 0, 7, pooled=3, pooled_pairs=0)
     h, i, kv = config.hidden_size, config.intermediate_size, config.num_kv_heads * config.head_dim
-    assert forward_flops(hf, work).total == 2 * 7 * 5 * (2 * h * h + 2 * h * kv + 3 * h * i)
+    asking, keys = 2 * h * h + 3 * h * i, 2 * h * kv
+    assert forward_flops(hf, work).total == 2 * (7 * 4 * (asking + keys) + 3 * asking + 7 * keys)
 
 
 def test_the_compiler_counts_the_same():
@@ -46,7 +50,7 @@ def test_the_compiler_counts_the_same():
     from multitap_jax.families import from_config
 
     wide = {"hidden_size": 128, "intermediate_size": 512, "vision_hidden_size": 128}
-    hf = tiny_config(num_hidden_layers=1, vision_depth=1, **wide)
+    hf = tiny_config(num_hidden_layers=2, vision_depth=1, **wide)
     hf["rope_scaling"] = {"type": "mrope", "mrope_section": [4, 6, 6]}
     backbone = from_config(hf, rngs=nnx.Rngs(0))
     rows = 4
@@ -59,7 +63,8 @@ def test_the_compiler_counts_the_same():
     )
     work = count_work(batch)
     # The dense backend computes all pairs, also those that the mask hides.
-    ours = forward_flops(backbone.config, work._replace(token_pairs=rows * 64 * 64)).total
+    work = work._replace(token_pairs=rows * 64 * 64, pooled=batch.pool.size, pooled_pairs=batch.pool.size * 64)
+    ours = forward_flops(backbone.config, work).total
     found = jax.jit(lambda m, b: m(b, Execution(layers="loop", attention="dense"))).lower(backbone, batch).compile()
     theirs = found.cost_analysis()["flops"]
     assert 1.0 <= theirs / ours < 1.1

@@ -13,10 +13,28 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from multitap_jax.backbones.attention import Keys, Queries, Visibility, attention, make_cross_visibility
-from multitap_jax.backbones.decoder import Decoder, DecoderConfig, TextMLP
+from multitap_jax.backbones.attention import (
+    Keys,
+    Queries,
+    Setup,
+    Visibility,
+    attention,
+    make_cross_visibility,
+    only_at,
+)
+from multitap_jax.backbones.decoder import Decoder, DecoderConfig, TextMLP, take_tokens
 from multitap_jax.backbones.layers import Linear, RMSNorm, gated, param
-from multitap_jax.backbones.stack import Execution, collect_layers, run_groups, run_layer, run_layers
+from multitap_jax.backbones.stack import (
+    Execution,
+    collect_layers,
+    ending,
+    is_last,
+    num_layers,
+    run_groups,
+    run_layer,
+    run_layers,
+    start,
+)
 from multitap_jax.batch import PackedBatch
 
 ROW_MASKS = ("hf", "meta")
@@ -56,6 +74,8 @@ class CrossConfig:
                 f"text_config.cross_attention_layers = {list(layers)} of {count} layers: layers must repeat in equal "
                 "groups with one cross-attention layer each, always at the same place (as 3, 8, 13, ... of 40)"
             )
+        elif count == len(layers):
+            yield f"text_config.cross_attention_layers = {list(layers)} leaves no layer of {count} that attends to text"
 
 
 class Sight(NamedTuple):
@@ -74,6 +94,11 @@ class Sight(NamedTuple):
     visibility: Visibility
     attends: jax.Array
     sees: jax.Array
+
+    def only_at(self, at: jax.Array) -> "Sight":
+        """What the tokens at columns int32[B, K] see."""
+        seen = only_at(self.visibility, at)
+        return self._replace(visibility=seen, attends=take_tokens(self.attends, at), sees=take_tokens(self.sees, at))
 
 
 class CrossAttention(nnx.Module):
@@ -112,8 +137,9 @@ class CrossLayer(nnx.Module):
         self.mlp_norm, self.mlp_gate = norm(), gate()
         self.mlp = TextMLP(config, **options)
 
-    def __call__(self, x: jax.Array, sight: Sight) -> jax.Array:
-        """[B, S, H] -> [B, S, H]."""
+    def __call__(self, x: jax.Array, sight: Sight, *, at: jax.Array | None = None) -> jax.Array:
+        """[B, S, H] -> [B, S, H], or [B, K, H] of tokens `at` alone, int32[B, K], of whom `sight` then is."""
+        x = x if at is None else take_tokens(x, at)
         out = jnp.where(sight.attends[:, :, None], self.attention(self.attention_norm(x), sight), 0)
         x = x + gated(self.attention_gate[...], out)
         out = jnp.where(sight.sees[:, :, None], self.mlp(self.mlp_norm(x)), 0)
@@ -131,19 +157,30 @@ class CrossDecoder(Decoder):
 
     def run(self, x: jax.Array, sight: Sight | None, batch: PackedBatch, execution: Execution) -> jax.Array:
         """[B, S, H] input embeddings -> float32[B, K, H], final-norm states at `batch.pool`; without images if None."""
-        shared = self.shared(batch, execution)
+        execution, at = execution.along_rows(), jnp.asarray(batch.pool)
+        angles, visibility = shared = self.shared(batch, execution)
+        end = ending(at, shared, (angles, only_at(visibility, at)), execution)
+        end_in_cross = None if sight is None else ending(at, (sight,), (sight.only_at(at),), execution)
 
-        def group(x: jax.Array, layers: Any) -> tuple[jax.Array, None]:
+        def group(state: tuple[jax.Array, jax.Array], part: Any) -> tuple[tuple[jax.Array, jax.Array], None]:
+            (x, found), (last, layers) = state, part
             before, cross, after = self._split(layers)
-            x = run_layers(before, x, *shared, execution=execution)
-            if sight is not None:
+            if sight is None or end_in_cross is None:
+                after = layers[0]
+            else:
+                x = run_layers(before, x, *shared, execution=execution)
+                if not num_layers(after):
+                    return end_in_cross(last, x, found, cross), None
                 x = run_layer(cross, x, sight, execution=execution)
-            return run_layers(after, x, *shared, execution=execution), None
+            x = run_layers(cut(after, 0, -1), x, *shared, execution=execution)
+            return end(last, x, found, jax.tree.map(lambda leaf: leaf[-1], after)), None
 
-        return self.pool(run_groups(group, x, self._groups(), execution=execution)[0], batch)
+        groups = (is_last(len(self.cross.layers)), self._groups())
+        return self.final(run_groups(group, start(x, at), groups, execution=execution)[0][1])
 
     def states(self, x: jax.Array, sight: Sight | None, batch: PackedBatch, execution: Execution) -> jax.Array:
         """[L + 1, B, S, H]: the embeddings and the output of each layer, its input where it is passed by."""
+        execution = execution.along_rows()
         shared = self.shared(batch, execution)
 
         def group(x: jax.Array, layers: Any) -> tuple[jax.Array, jax.Array]:
@@ -166,10 +203,10 @@ class CrossDecoder(Decoder):
         """The layers of one group before, at and after its cross-attention; only this group's weights are copied."""
         layers, cross = group
         place = self.cross.layers[0]
-        return jax.tree.map(lambda leaf: leaf[:place], layers), cross, jax.tree.map(lambda leaf: leaf[place:], layers)
+        return cut(layers, 0, place), cross, cut(layers, place, None)
 
 
-def see(batch: PackedBatch, states: jax.Array, real: jax.Array, *, row_mask: str, backend: str) -> Sight:
+def see(batch: PackedBatch, states: jax.Array, real: jax.Array, *, row_mask: str, setup: Setup) -> Sight:
     """Who sees which image, by the processor's rule for images that stand next to each other in their prompt.
 
     From an image token on, a token of the group sees the real tiles of that image. A token that precedes all images of
@@ -181,7 +218,7 @@ def see(batch: PackedBatch, states: jax.Array, real: jax.Array, *, row_mask: str
       states: [N, X, H].
       real: bool[N, T], tiles that are no padding.
       row_mask: see `CrossConfig`.
-      backend: of attention.
+      setup: of attention.
     """
     segment, prefix = jnp.asarray(batch.segment), jnp.asarray(batch.prefix)
     at = jnp.asarray(batch.image_token)
@@ -199,10 +236,15 @@ def see(batch: PackedBatch, states: jax.Array, real: jax.Array, *, row_mask: str
     spread = lambda values: jnp.repeat(values, states.shape[1] // real.shape[1], axis=2).reshape(len(at), -1)
     keys = Keys(spread(tile_run), spread(jnp.broadcast_to(at[:, :, None], tiles.shape)))
     attends = sees | early if row_mask == "hf" else sees
-    return Sight(states, cell, make_cross_visibility(queries, keys, backend=backend), attends, sees)
+    return Sight(states, cell, make_cross_visibility(queries, keys, setup=setup), attends, sees)
 
 
 def _of_rows(values: jax.Array, cell: jax.Array) -> jax.Array:
     """[N, X, G, D] of images -> [B, I * X, G, D] of the images of each row."""
     taken = jnp.take(values, jnp.maximum(cell, 0), axis=0, mode="fill")
     return taken.reshape(cell.shape[0], -1, *values.shape[2:])
+
+
+def cut(layers: Any, first: int, end: int | None) -> Any:
+    """Some of the layers of a stack."""
+    return jax.tree.map(lambda leaf: leaf[first:end], layers)

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from multitap_jax.backbones.attention import Visibility, attention, make_visibility
+from multitap_jax.backbones.attention import Visibility, attention, make_visibility, only_at
 from multitap_jax.backbones.config import Section
 from multitap_jax.backbones.layers import Embedding, Linear, RMSNorm, rotate
 from multitap_jax.backbones.rope import Angles, Rope
-from multitap_jax.backbones.stack import Execution, collect_layers, run_layers
+from multitap_jax.backbones.stack import Execution, collect_layers, run_to
 from multitap_jax.batch import PackedBatch
 
 
@@ -118,15 +118,26 @@ class TextAttention(nnx.Module):
         self.head_dim = dim
 
     def __call__(
-        self, x: jax.Array, angles: Angles, visibility: Visibility, *, attend: Attend = attention
+        self,
+        x: jax.Array,
+        angles: Angles,
+        visibility: Visibility,
+        *,
+        at: jax.Array | None = None,
+        attend: Attend = attention,
     ) -> jax.Array:
-        """[B, S, H] -> [B, S, H]."""
-        shape = (*x.shape[:2], -1, self.head_dim)
-        q, k, v = (project(x).reshape(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
+        """[B, S, H] -> [B, S, H], or [B, K, H] where only tokens `at` ask; see `TextLayer`."""
+        asking, turned = x, angles
+        if at is not None:
+            asking, turned = jax.tree.map(lambda tokens: take_tokens(tokens, at), (x, angles))
+        q, k, v = (
+            project(tokens).reshape(*tokens.shape[:2], -1, self.head_dim)
+            for project, tokens in ((self.q_proj, asking), (self.k_proj, x), (self.v_proj, x))
+        )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        out = attend(rotate(q, angles), rotate(k, angles), v, visibility)
-        return self.o_proj(out.reshape(*x.shape[:2], -1))
+        out = attend(rotate(q, turned), rotate(k, angles), v, visibility)
+        return self.o_proj(out.reshape(*asking.shape[:2], -1))
 
 
 class TextMLP(nnx.Module):
@@ -154,10 +165,21 @@ class TextLayer(nnx.Module):
         self.mlp = TextMLP(config, rngs=rngs, param_dtype=param_dtype, stack=stack)
 
     def __call__(
-        self, x: jax.Array, angles: Angles, visibility: Visibility, *, attend: Attend = attention
+        self,
+        x: jax.Array,
+        angles: Angles,
+        visibility: Visibility,
+        *,
+        at: jax.Array | None = None,
+        attend: Attend = attention,
     ) -> jax.Array:
-        """[B, S, H] -> [B, S, H]."""
-        x = x + self.attention(self.attention_norm(x), angles, visibility, attend=attend)
+        """[B, S, H] -> [B, S, H].
+
+        With `at`, int32[B, K], the output [B, K, H] of the tokens at these columns alone, to whom `visibility` then
+        belongs: the others give keys and values and nothing else.
+        """
+        mixed = self.attention(self.attention_norm(x), angles, visibility, at=at, attend=attend)
+        x = (x if at is None else take_tokens(x, at)) + mixed
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -184,25 +206,36 @@ class Decoder(nnx.Module):
 
         `more` goes to all layers besides angles and visibility, slices of `each` to one (`stack.run_layers`).
         """
-        shared = (*self.shared(batch, execution), *more)
-        return self.pool(run_layers(self.layers, x, *shared, each=each, execution=execution), batch)
+        execution, at = execution.along_rows(), jnp.asarray(batch.pool)
+        angles, visibility = self.shared(batch, execution)
+        shared, last = (angles, visibility, *more), (angles, only_at(visibility, at), *more)
+        return self.final(run_to(at, self.layers, x, shared, last, each=each, execution=execution))
 
     def hidden_states(
         self, x: jax.Array, batch: PackedBatch, execution: Execution, *more: Any, each: tuple[Any, ...] = ()
     ) -> jax.Array:
         """[L + 1, B, S, H]: the embeddings `x` and the output of each layer, before the final norm."""
+        execution = execution.along_rows()
         shared = (*self.shared(batch, execution), *more)
         return collect_layers(self.layers, x, *shared, each=each, execution=execution)
 
     def shared(self, batch: PackedBatch, execution: Execution) -> tuple[Angles, Visibility]:
         """What every layer gets besides its input."""
-        visibility = make_visibility(batch.segment, batch.prefix, causal=True, backend=execution.attention)
+        visibility = make_visibility(batch.segment, batch.prefix, causal=True, setup=execution.setup)
         return self.config.rope.angles(jnp.asarray(batch.positions), self.config.head_dim), visibility
 
     def pool(self, x: jax.Array, batch: PackedBatch) -> jax.Array:
         """[B, S, H] -> float32[B, K, H]: the norm is per token, so it is applied to the few that are kept."""
-        pooled = jnp.take_along_axis(x, jnp.asarray(batch.pool)[:, :, None], axis=1)
-        return self.norm(pooled.astype(jnp.float32))
+        return self.final(take_tokens(x, jnp.asarray(batch.pool)))
+
+    def final(self, x: jax.Array) -> jax.Array:
+        """[..., H] -> float32[..., H]: the final norm."""
+        return self.norm(x.astype(jnp.float32))
+
+
+def take_tokens(x: jax.Array, at: jax.Array) -> jax.Array:
+    """[B, K, ...] from [B, S, ...] and columns int32[B, K]."""
+    return jnp.take_along_axis(x, at.reshape(*at.shape, *[1] * (x.ndim - 2)), axis=1)
 
 
 def place_features(x: jax.Array, features: jax.Array, batch: PackedBatch) -> jax.Array:

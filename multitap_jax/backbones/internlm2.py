@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from multitap_jax.backbones.attention import Visibility, attention
-from multitap_jax.backbones.decoder import Attend, DecoderConfig
+from multitap_jax.backbones.decoder import Attend, DecoderConfig, take_tokens
 from multitap_jax.backbones.layers import Axis, Linear, RMSNorm, rotate
 from multitap_jax.backbones.rope import Angles
 
@@ -80,15 +80,27 @@ class PartialAttention(nnx.Module):
         self.groups, self.head_dim = groups, dim
 
     def __call__(
-        self, x: jax.Array, angles: Angles, visibility: Visibility, image: Image, *, attend: Attend = attention
+        self,
+        x: jax.Array,
+        angles: Angles,
+        visibility: Visibility,
+        image: Image,
+        *,
+        at: jax.Array | None = None,
+        attend: Attend = attention,
     ) -> jax.Array:
-        """[B, S, H] -> [B, S, H]."""
-        rows, length = x.shape[:2]
-        fused = self.qkv_proj(x, image).reshape(rows, length, self.groups, -1, self.head_dim)
-        q = fused[:, :, :, :-2].reshape(rows, length, -1, self.head_dim)
+        """[B, S, H] -> [B, S, H], or [B, K, H] where only tokens `at` ask; see `decoder.TextLayer`.
+
+        The fused projection makes the queries of all tokens even then: cutting it would copy its kernel.
+        """
+        fused = self.qkv_proj(x, image).reshape(*x.shape[:2], self.groups, -1, self.head_dim)
+        q = fused[:, :, :, :-2].reshape(*x.shape[:2], -1, self.head_dim)
         k, v = fused[:, :, :, -2], fused[:, :, :, -1]
-        out = attend(rotate(q, angles), rotate(k, angles), v, visibility)
-        return self.o_proj(out.reshape(rows, length, -1), image)
+        turned = angles
+        if at is not None:
+            q, turned, image = jax.tree.map(lambda tokens: take_tokens(tokens, at), (q, angles, image))
+        out = attend(rotate(q, turned), rotate(k, angles), v, visibility)
+        return self.o_proj(out.reshape(*q.shape[:2], -1), image)
 
 
 class PartialMLP(nnx.Module):
@@ -126,16 +138,21 @@ class PartialLayer(nnx.Module):
         visibility: Visibility,
         image: Image = None,
         *,
+        at: jax.Array | None = None,
         attend: Attend = attention,
     ) -> jax.Array:
-        """[B, S, H] -> [B, S, H]."""
-        x = x + self.attention(self.attention_norm(x), angles, visibility, image, attend=attend)
+        """[B, S, H] -> [B, S, H], or [B, K, H] with `at`, int32[B, K]; see `decoder.TextLayer`."""
+        mixed = self.attention(self.attention_norm(x), angles, visibility, image, at=at, attend=attend)
+        if at is not None:
+            x, image = jax.tree.map(lambda tokens: take_tokens(tokens, at), (x, image))
+        x = x + mixed
         return x + self.mlp(self.mlp_norm(x), image)
 
 
 def partial_flops(config: DecoderConfig, partial: PartialConfig) -> int:
-    """Forward FLOPs of the additions for one image token, in all layers."""
+    """Forward FLOPs of the additions for one image token, which is never pooled: keys and values in the last layer."""
     hidden, inner = config.hidden_size, config.intermediate_size
     heads, groups = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    ends = (hidden + heads + 2 * groups) + (heads + hidden) + 3 * (hidden + inner)
-    return config.num_layers * 2 * partial.rank * ends
+    keys = hidden + 2 * groups
+    others = heads + (heads + hidden) + 3 * (hidden + inner)
+    return 2 * partial.rank * (config.num_layers * keys + (config.num_layers - 1) * others)

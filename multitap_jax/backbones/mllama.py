@@ -101,13 +101,16 @@ class MllamaConfig:
         """Forward FLOPs of `work`; what padding tiles cost counts, since real tokens attend to them."""
         text, v, cross = self.text, self.vision, len(self.cross.layers)
         width, groups = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
-        decoder = decoder_flops(dataclasses.replace(text, num_layers=text.num_layers - cross), work)
+        ends_in_cross = work.images > 0 and self.cross.layers[-1] == text.num_layers - 1
+        own = dataclasses.replace(text, num_layers=text.num_layers - cross)
+        decoder = decoder_flops(own, work, last=not ends_in_cross)
         if work.images:
             states = work.images * v.max_num_tiles * v.tile_tokens
-            token = 2 * text.hidden_size * (2 * width + 3 * text.intermediate_size)
-            pairs = work.cross_pairs // v.tile_patches * v.tile_tokens
             keys = states * 4 * text.hidden_size * groups
-            decoder += cross * (work.tokens * token + keys + pairs * 4 * width)
+            asking = 2 * text.hidden_size * (2 * width + 3 * text.intermediate_size)
+            layer = lambda tokens, pairs: keys + tokens * asking + pairs // v.tile_patches * v.tile_tokens * 4 * width
+            decoder += (cross - ends_in_cross) * layer(work.tokens, work.cross_pairs)
+            decoder += ends_in_cross * layer(work.pooled, work.pooled_cross_pairs)
         return Flops(float(decoder), float(self._vision_flops(work)))
 
     def _vision_flops(self, work: Work) -> float:
@@ -148,4 +151,4 @@ class Mllama(Backbone):
         if batch.patches.shape[0] == 0 or batch.image_token.shape[1] == 0:
             return None
         states, real = pin(self.vision(batch, execution), execution), self.vision.real_tiles(batch)
-        return see(batch, states, real, row_mask=self.config.cross.row_mask, backend=execution.attention)
+        return see(batch, states, real, row_mask=self.config.cross.row_mask, setup=execution.along_rows().setup)

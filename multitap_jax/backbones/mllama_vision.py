@@ -283,7 +283,7 @@ def _visibility(real: jax.Array, execution: Execution) -> Visibility:
     one = jnp.ones_like(real, jnp.int32)
     other = jnp.where(real, 2, 1).astype(jnp.int32)
     queries, keys = Queries(one, other, one), Keys(3 - other, one)
-    return make_cross_visibility(queries, keys, backend=execution.attention)
+    return make_cross_visibility(queries, keys, setup=execution.setup)
 
 
 def _gelu(x: jax.Array) -> jax.Array:

@@ -254,7 +254,7 @@ class Tower(nnx.Module):
     def prepare(self, batch: PackedBatch, execution: Execution) -> tuple[jax.Array, tuple[Angles, Visibility]]:
         """The embedded patches [R, P, E], and what every block gets besides them."""
         x = self.patch_embed(jnp.asarray(batch.patches), execution.compute_dtype)
-        visibility = make_visibility(batch.patch_segment, causal=False, backend=execution.attention)
+        visibility = make_visibility(batch.patch_segment, causal=False, setup=execution.setup)
         return x, (self.angles(jnp.asarray(batch.patch_position)), visibility)
 
     def angles(self, position: jax.Array) -> Angles:

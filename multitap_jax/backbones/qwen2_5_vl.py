@@ -165,14 +165,14 @@ class WindowTower(Tower):
         return np.isin(np.arange(self.config.num_layers), self.config.full_layers)
 
     def _sorted(self, batch: PackedBatch, execution: Execution) -> tuple[jax.Array, tuple[Any, ...], jax.Array]:
-        config, backend = self.config, execution.attention
+        config = self.config
         position, segment = jnp.asarray(batch.patch_position), jnp.asarray(batch.patch_segment)
         order, window = sort_windows(position, segment, config.window, config.cell)
         patches, position, segment = (sort_cells(x, order) for x in (jnp.asarray(batch.patches), position, segment))
         x, (angles, whole) = self.prepare(
             batch._replace(patches=patches, patch_position=position, patch_segment=segment), execution
         )
-        return x, (angles, whole, make_local_visibility(window, config.window**2, backend=backend)), order
+        return x, (angles, whole, make_local_visibility(window, config.window**2, setup=execution.setup)), order
 
 
 class Qwen25VL(QwenVL):

@@ -20,7 +20,15 @@ from flax import nnx
 
 from multitap_jax.backbones.attention import Visibility, attention
 from multitap_jax.backbones.config import Section, tied
-from multitap_jax.backbones.decoder import Attend, Decoder, DecoderConfig, TextLayer, image_features, place_features
+from multitap_jax.backbones.decoder import (
+    Attend,
+    Decoder,
+    DecoderConfig,
+    TextLayer,
+    image_features,
+    place_features,
+    take_tokens,
+)
 from multitap_jax.backbones.layers import param, tanh_gelu
 from multitap_jax.backbones.qwen import (
     PatchMerger,
@@ -221,19 +229,26 @@ class DeepstackLayer(TextLayer):
     """Decoder layer; behind the first K, image tokens get the features of a state on the way through the tower."""
 
     def __call__(
-        self, x: jax.Array, angles: Angles, visibility: Visibility, *deepstack: jax.Array, attend: Attend = attention
+        self,
+        x: jax.Array,
+        angles: Angles,
+        visibility: Visibility,
+        *deepstack: jax.Array,
+        at: jax.Array | None = None,
+        attend: Attend = attention,
     ) -> jax.Array:
-        """[B, S, H] -> [B, S, H].
+        """[B, S, H] -> [B, S, H], or [B, K, H].
 
         Args:
-          x, angles, visibility, attend: as `TextLayer` has them.
+          x, angles, visibility, at, attend: as `TextLayer` has them.
           *deepstack: nothing for a batch without pictures, else features [K, cells of the batch, H], image_cell
             int32[B, S], and the number of the layer, int32[].
         """
-        x = super().__call__(x, angles, visibility, attend=attend)
+        x = super().__call__(x, angles, visibility, at=at, attend=attend)
         if not deepstack:
             return x
         features, cell, layer = deepstack
+        cell = cell if at is None else take_tokens(cell, at)
 
         def add(x: jax.Array) -> jax.Array:
             image = image_features(jax.lax.dynamic_index_in_dim(features, layer, keepdims=False), cell)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from multitap_jax.backbones.attention import check_backend
+from multitap_jax.backbones.attention import Setup, check_backend
 
 _POLICIES = {
     # Keep the products with weights (the dear part), recompute norms, activations and attention scores.
@@ -17,6 +17,8 @@ _POLICIES = {
     "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+_GROUP = "group"  # name of a layer's parameters as they are looked up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +29,11 @@ class Execution:
       dtype: computation type, "float32" or "bfloat16"; norms, softmax and rotary angles stay float32.
       remat: what the backward pass recomputes: "none", "dots" (all but weight products), "offload" (the same, and
         the products wait in the memory of the host), "full" (all of a layer).
-      attention: attention backend, a name of `attention.BACKENDS`, or "auto", the fastest for platform and length.
+      attention: attention backend, a name of `attention.BACKENDS`, or "auto": by platform, type, length and mesh.
       layers: "scan" compiles one layer; "loop" unrolls them (for debugging; same values).
       mesh: where the parameters are sharded; activations are then held to the batch's sharding, so that weights are
         gathered and not activations. A mapped batch dimension gets its axes from `jax.vmap(spmd_axis_name=...)`.
+      along_context: rows [B, S, ...] are spread over the mesh axis `context` by S; see `along_rows`.
 
     Raises:
       ValueError: a value is not among the above.
@@ -41,6 +44,7 @@ class Execution:
     attention: str = "auto"
     layers: str = "scan"
     mesh: jax.sharding.Mesh | None = None
+    along_context: bool = False
 
     def __post_init__(self) -> None:
         choices = {"dtype": ("float32", "bfloat16"), "remat": ("none", *_POLICIES), "layers": ("scan", "loop")}
@@ -53,6 +57,16 @@ class Execution:
     def compute_dtype(self) -> jnp.dtype:
         """`dtype` as a type."""
         return jnp.dtype(self.dtype)
+
+    @property
+    def setup(self) -> Setup:
+        """What attention is computed with."""
+        return Setup(self.attention, self.dtype, self.mesh, self.along_context)
+
+    def along_rows(self) -> "Execution":
+        """The execution of a decoder, whose rows the devices of `context` share; towers compute theirs whole."""
+        shared = self.mesh is not None and self.mesh.shape["context"] > 1
+        return dataclasses.replace(self, along_context=shared)
 
 
 def run_layers(layers: Any, x: jax.Array, *shared: Any, each: tuple[Any, ...] = (), execution: Execution) -> jax.Array:
@@ -70,6 +84,59 @@ def run_layers(layers: Any, x: jax.Array, *shared: Any, each: tuple[Any, ...] = 
     """
     step = _step(shared, execution)
     return run_groups(lambda x, part: (step(x, *part), None), x, (layers, *each), execution=execution)[0]
+
+
+def run_to(
+    at: jax.Array,
+    layers: Any,
+    x: jax.Array,
+    shared: tuple[Any, ...],
+    last: tuple[Any, ...],
+    *,
+    each: tuple[Any, ...] = (),
+    execution: Execution,
+) -> jax.Array:
+    """As `run_layers`, but the last layer computes the tokens at columns int32[B, K] alone: [B, K, H].
+
+    Args:
+      at: the columns; the last layer gets them as an argument of that name.
+      layers, x, shared, each, execution: as in `run_layers`, L at least 1.
+      last: what the last layer gets in place of `shared`.
+    """
+    end = ending(at, shared, last, execution)
+    step = lambda state, part: (end(*part[:1], *state, *part[1:]), None)
+    return run_groups(step, start(x, at), (is_last(num_layers(layers)), layers, *each), execution=execution)[0][1]
+
+
+def ending(
+    at: jax.Array, shared: tuple[Any, ...], last: tuple[Any, ...], execution: Execution
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """(bool[] last, x [B, S, H], found [B, K, H], layer, *own) -> x and found: one of them new, by the layer.
+
+    One place of a scanned stack can so be two layers, without its weights being cut in two, which would copy them.
+    """
+    whole, few = execution, dataclasses.replace(execution, along_context=False)
+
+    def step(is_last: jax.Array, x: jax.Array, found: jax.Array, layer: Any, *own: Any) -> tuple[jax.Array, jax.Array]:
+        x = pin(x, whole)
+        return jax.lax.cond(
+            is_last,
+            lambda: (x, pin(layer(x, *last, *own, at=at), few)),
+            lambda: (pin(layer(x, *shared, *own), whole), found),
+        )
+
+    # Also where everything is saved: what a branch reads is then not saved once more for each layer.
+    return _remat(step, execution, _POLICIES.get(execution.remat, jax.checkpoint_policies.everything_saveable))
+
+
+def start(x: jax.Array, at: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What `ending` is given first."""
+    return x, jnp.zeros((*at.shape, x.shape[-1]), x.dtype)
+
+
+def is_last(count: int) -> np.ndarray:
+    """bool[count], false but for the last."""
+    return np.arange(count) == count - 1
 
 
 def run_layer(layer: Any, x: jax.Array, *shared: Any, execution: Execution) -> jax.Array:
@@ -126,17 +193,21 @@ def keep_layers(
 def _step(shared: tuple[Any, ...], execution: Execution) -> Callable[..., jax.Array]:
     """(x, layer, *own) -> layer(x, *shared, *own), held to the batch's sharding and rematerialised as asked."""
     step = lambda x, layer, *own: pin(layer(pin(x, execution), *shared, *own), execution)
-    if execution.remat == "none":
-        return step
+    return step if execution.remat == "none" else _remat(step, execution, _POLICIES[execution.remat])
+
+
+def _remat(step: Callable[..., Any], execution: Execution, policy: Callable[..., bool]) -> Callable[..., Any]:
+    """`step`, of which the backward pass recomputes what `policy` does not save."""
     # A scan keeps XLA from merging the recomputation with the forward pass; an unrolled loop needs the barrier.
-    return jax.checkpoint(step, policy=_POLICIES[execution.remat], prevent_cse=execution.layers == "loop")
+    return jax.checkpoint(step, policy=policy, prevent_cse=execution.layers == "loop")
 
 
 def pin(x: jax.Array, execution: Execution) -> jax.Array:
-    """Holds an activation to the batch's sharding; see `Execution.mesh`."""
+    """Holds an activation [rows, S, ...] to the batch's sharding; see `Execution`."""
     if execution.mesh is None:
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(execution.mesh, PartitionSpec(*[None] * x.ndim)))
+    spec = PartitionSpec(None, "context" if execution.along_context else None, *[None] * (x.ndim - 2))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(execution.mesh, spec))
 
 
 def collect_layers(

@@ -176,4 +176,4 @@ class ViT(nnx.Module):
         if self.pre_norm is not None:
             x = self.pre_norm(x)
         segment = jnp.broadcast_to(real, x.shape[:2])
-        return x, make_visibility(segment, causal=False, backend=execution.attention)
+        return x, make_visibility(segment, causal=False, setup=execution.setup)

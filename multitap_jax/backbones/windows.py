@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from multitap_jax.backbones.attention import (
+    DENSE,
     Keys,
     Queries,
+    Setup,
     Visibility,
     attention,
     make_cross_visibility,
@@ -76,22 +78,22 @@ def unsort_cells(x: jax.Array, order: jax.Array) -> jax.Array:
     return sort_cells(x, jnp.argsort(order, axis=1))
 
 
-def make_local_visibility(segment: jax.Array, width: int, *, backend: str = "dense") -> Visibility | Local:
+def make_local_visibility(segment: jax.Array, width: int, *, setup: Setup = DENSE) -> Visibility | Local:
     """Prepares attention inside runs of equal `segment`, at most `width` long; a plain mask where that costs no more.
 
     Args:
       segment: int32[R, P], equal ids side by side; runs of 0, which sees nothing, may be of any length.
       width: of the longest run.
-      backend: see `make_visibility`.
+      setup: see `make_visibility`.
 
     Raises:
       UnsupportedAttentionError: there is no such backend.
     """
     if segment.shape[1] <= 3 * width:
-        return make_visibility(segment, causal=False, backend=backend)
+        return make_visibility(segment, causal=False, setup=setup)
     ids, around = _blocks(segment, width), _around(segment, width)
     queries = Queries(ids, ids, jnp.zeros_like(ids))
-    return Local(make_cross_visibility(queries, Keys(around, jnp.zeros_like(around)), backend=backend), width)
+    return Local(make_cross_visibility(queries, Keys(around, jnp.zeros_like(around)), setup=setup), width)
 
 
 def local_attention(q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility | Local) -> jax.Array:

@@ -1,8 +1,9 @@
 """The device mesh and the one table from logical axis names to mesh axes.
 
 Axes, outermost first: `data` (copies of the parameters), `fsdp` (shards of the parameters and of the batch), `tensor`
-(heads and inner dimensions), `context` (reserved for sharing one sequence). Axis types are Auto: parameters, optimizer
-state and batch are placed as this file says, and the compiler (GSPMD) derives the rest.
+(heads and inner dimensions), `context` (stretches of a decoder's rows). Axis types are Auto: parameters, optimizer
+state and batch are placed as this file says, and the compiler (GSPMD) derives the rest, but for attention
+(`backbones/attention/placement.py`). The batch's arrays lie whole along `context`; activations are spread.
 
 Devices come in *islands* (slices of a TPU pod, elsewhere the devices of a process) with a fast network inside and a
 slow one between them. Only `data` spans islands, where its size allows it: what crosses the slow network is then the

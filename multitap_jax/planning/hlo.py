@@ -94,7 +94,8 @@ class Module:
     def runs(self) -> dict[str, float]:
         """How often each computation runs; one that is called from several places counts all of them.
 
-        Each branch of a conditional counts as taken. A loop whose number of rounds cannot be read counts once.
+        Of the branches of a conditional the one that writes most counts as taken, whenever there is a choice: at most
+        what is spent. A loop whose number of rounds cannot be read counts once.
         """
         counts: dict[str, float] = defaultdict(float)
         for name in self._in_order():
@@ -102,9 +103,15 @@ class Module:
             counts[name] = times
             for instruction in self.computations[name].instructions.values():
                 rounds = self.rounds(instruction) if instruction.opcode == "while" else 1
-                for called in instruction.calls:
+                calls = instruction.calls
+                for called in [max(calls, key=self._written)] if instruction.opcode == "conditional" else calls:
                     counts[called] += times * rounds
         return dict(counts)
+
+    def _written(self, name: str) -> int:
+        """Bytes of all results of a computation, and of those that it calls, each once."""
+        instructions = self.computations[name].instructions.values()
+        return sum(i.bytes + sum(map(self._written, i.calls)) for i in instructions)
 
     @functools.cached_property
     def fused(self) -> set[str]:

@@ -108,8 +108,6 @@ def make_plan(
       ConfigError, FolderError: names what does not fit: the model, the topology, the mesh, sizes that do not divide.
     """
     family, numbers = read_model(model)
-    if config.mesh.context > 1:
-        raise ConfigError("config.mesh.context > 1: no attention backend shares a sequence yet; use data, fsdp, tensor")
     mesh = make_mesh(config.mesh, topology.devices())
     whole = abstract_model(family, numbers, config)
     between = _bytes_held(config, whole, mesh)

@@ -184,8 +184,6 @@ def _steps(
 
 def _check(config: TrainConfig, mesh: Mesh, eval_dataset: Dataset | None) -> None:
     wrong = []
-    if mesh.shape["context"] > 1:
-        wrong.append("config.mesh.context > 1: no attention backend shares a sequence yet; use data, fsdp, tensor")
     if config.checkpoint.keep_best and eval_dataset is None:
         wrong.append("config.checkpoint.keep_best needs held-out pairs: set data.holdout or data.evaluation")
     kinds = [memory.kind for memory in mesh.local_devices[0].addressable_memories()]

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from multitap_jax.backbones import Execution, attention
+from multitap_jax.backbones import Execution
+from multitap_jax.backbones.attention import blockwise
 from multitap_jax.backbones.stack import collect_layers, run_layers
 from multitap_jax.batch import PackedBatch
 from multitap_jax.families import from_config, num_params
@@ -26,7 +27,8 @@ def backbone(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK", 16)
+    monkeypatch.setattr(blockwise, "BLOCK", 16)
+    monkeypatch.setattr(blockwise, "ROWS", 32)
 
 
 DIRECTION = np.random.default_rng(9).normal(size=64).astype(np.float32)

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from multitap_jax.backbones import Execution, attention
+from multitap_jax.backbones import Execution
+from multitap_jax.backbones.attention import Setup, blockwise, chunked
 from multitap_jax.backbones.cross import see
 from multitap_jax.data.processing import Processing
 from multitap_jax.data.stream import Pair
@@ -38,17 +39,17 @@ def test_who_sees_what_is_the_processors_mask(folder, backbone):
     for pair in (PAIRS[0], PAIRS[3], Pair((SMALL, LARGE, WIDE), "a ball")):
         batch = packed(folder, [pair])
         states = np.zeros((len(batch.patches), 4 * tokens, 64), np.float32)
-        sight = see(batch, states, tower.real_tiles(batch), row_mask="hf", backend="dense")
+        sight = see(batch, states, tower.real_tiles(batch), row_mask="hf", setup=Setup())
         inputs = torch_inputs(oracle(), pair, contract_of(folder, image_policy=POLICY))
         expected = inputs["cross_attention_mask"][0].numpy().astype(bool)
         length = len(expected)
-        tiles = np.asarray(sight.visibility.mask)[0, :length].reshape(length, -1, tokens)
+        tiles = np.asarray(sight.visibility.prepared)[0, :length].reshape(length, -1, tokens)
         early = ~expected.any(axis=(1, 2))
         assert early.any()
         seen = np.where(early[:, None], True, expected.reshape(length, -1))
         np.testing.assert_array_equal(tiles, np.repeat(seen[:, :, None], tiles.shape[2], axis=2))
         np.testing.assert_array_equal(np.asarray(sight.sees)[0, :length], ~early)
-        assert not np.asarray(sight.visibility.mask)[0, length:].any()
+        assert not np.asarray(sight.visibility.prepared)[0, length:].any()
 
 
 def test_a_pair_gets_what_it_gets_alone(folder, backbone):
@@ -83,8 +84,8 @@ def test_pictures_out_of_the_row_count_when_a_batch_is_cut(folder):
 
 @pytest.mark.parametrize("setting", [{"layers": "loop"}, {"attention": "blockwise"}, {"attention": "chunked"}], ids=str)
 def test_execution_changes_no_value(folder, backbone, monkeypatch, setting):
-    monkeypatch.setattr(attention, "BLOCK", 16)
-    monkeypatch.setattr(attention, "CHUNK", 24)
+    monkeypatch.setattr(blockwise, "BLOCK", 16)
+    monkeypatch.setattr(chunked, "CHUNK", 24)
     batch = packed(folder, PAIRS)
     expected = np.asarray(forward(backbone, batch, FLOAT32))
     got = np.asarray(forward(backbone, batch, Execution(**setting)))

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from multitap_jax.backbones import Execution
+from multitap_jax.backbones.attention import Setup
 from multitap_jax.backbones.cross import see
 from multitap_jax.config import MeshConfig, OptimizerConfig
 from multitap_jax.families import from_config
@@ -54,8 +55,8 @@ def test_work_is_what_the_masks_let_through(model):
     config, tower = rewards.backbone.config, rewards.backbone.vision
     work = count_work(batch, block=config.block)
     states = np.zeros((len(batch.patches), 4 * config.vision.tile_tokens, 64), np.float32)
-    sight = see(batch, states, tower.real_tiles(batch), row_mask="hf", backend="dense")
-    visible = int(np.asarray(sight.visibility.mask).sum())
+    sight = see(batch, states, tower.real_tiles(batch), row_mask="hf", setup=Setup())
+    visible = int(np.asarray(sight.visibility.prepared).sum())
     assert work.cross_pairs * config.vision.tile_tokens == visible * config.vision.tile_patches
     assert work.images == 16
     assert count_work(batch)[:5] == work[:5]
@@ -84,6 +85,9 @@ def test_the_compiler_counts_the_same(model):
         patches=images * patches,
         patch_pairs=images * patches**2,
         cross_pairs=rows * length * batch.image_token.shape[1] * patches,
+        pooled=batch.pool.size,
+        pooled_pairs=batch.pool.size * length,
+        pooled_cross_pairs=batch.pool.size * batch.image_token.shape[1] * patches,
     )
     ours = forward_flops(config, work).total
     execution = Execution(layers="loop", attention="dense")

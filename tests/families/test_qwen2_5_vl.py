@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from multitap_jax.backbones import attention
-from multitap_jax.backbones.attention import make_visibility
+from multitap_jax.backbones.attention import Setup, attention, blockwise, make_visibility
 from multitap_jax.backbones.qwen2_5_vl import Qwen25VLConfig
 from multitap_jax.backbones.windows import (
     Local,
@@ -38,7 +37,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK", 16)
+    monkeypatch.setattr(blockwise, "BLOCK", 16)
 
 
 @pytest.mark.parametrize("prompt", ["official-train", "official-eval"])
@@ -125,7 +124,7 @@ def test_sorted_windows_equal_a_mask(backend):
     """Attention among sorted blocks against the mask over window ids in the batch's own order, and its gradients."""
     position, segment = rows_of_windows()
     order, ids = sort_windows(position, segment, 4, 4)
-    local = make_local_visibility(ids, 16, backend=backend)
+    local = make_local_visibility(ids, 16, setup=Setup(backend))
     assert isinstance(local, Local)
     mask = make_visibility(jnp.asarray(window_ids(np.asarray(position), np.asarray(segment), 4)), causal=False)
     q, k, v = (jax.random.normal(key, (2, 84, 2, 8), jnp.float32) for key in jax.random.split(jax.random.key(0), 3))
@@ -136,7 +135,7 @@ def test_sorted_windows_equal_a_mask(backend):
         return jnp.where(real, unsort_cells(out, order), 0.0)
 
     def through_mask(q, k, v):
-        return jnp.where(real, attention.attention(q, k, v, mask), 0.0)
+        return jnp.where(real, attention(q, k, v, mask), 0.0)
 
     def both(attend):
         total = lambda *x: (jnp.sum(jnp.sin(attend(*x))), attend(*x))

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from multitap_jax.backbones import Execution, attention
+from multitap_jax.backbones import Execution
+from multitap_jax.backbones.attention import blockwise
 from multitap_jax.backbones.qwen3_vl import PositionTable, Qwen3VL, Qwen3VLConfig, last_positions
 from multitap_jax.backbones.stack import collect_layers, keep_layers
 from multitap_jax.config import ConfigError
@@ -30,7 +31,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK", 16)
+    monkeypatch.setattr(blockwise, "BLOCK", 16)
 
 
 @pytest.mark.parametrize("prompt", ["official-train", "official-eval"])
@@ -144,7 +145,7 @@ def test_flops_count_every_merger():
     v, n = numbers.vision, 40
     linear = 4 * 2 * n * (4 * v.size**2 + 2 * v.size * v.intermediate_size) + 2 * n * 768 * v.size
     mergers = 3 * (n // 4) * 2 * ((4 * v.size) ** 2 + 4 * v.size * 64)
-    assert forward_flops(numbers, Work(0, 0, n, 900, 0)).vision == linear + mergers + 4 * 4 * v.size * 900
+    assert forward_flops(numbers, Work(0, 0, n, 900, 0, 0, 0)).vision == linear + mergers + 4 * 4 * v.size * 900
 
 
 def test_its_prompt_has_no_system_message():

@@ -302,7 +302,7 @@ def test_adapters(published):
 @pytest.mark.parametrize("applied", [True, False])
 def test_flops_are_the_compilers(applied, tmp_path):
     """XLA's own count, products only being a lower bound of it; one view a picture, dense attention."""
-    wide = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "multitap_plora_rank": 32}
+    wide = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6, "multitap_plora_rank": 32}
     vision = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 1}
     entries = {} if applied else {"multitap_partial_lora": "off"}
     changed = oracle(**wide, vision_config=vision, **entries)
@@ -312,6 +312,7 @@ def test_flops_are_the_compilers(applied, tmp_path):
     rows, length = batch.tokens.shape
     patches, _ = backbone.config.block
     whole = {"tokens": rows * length, "token_pairs": rows * length**2, "patches": batch.patches[:, :, 0].size}
+    whole |= {"pooled": batch.pool.size, "pooled_pairs": batch.pool.size * length}
     # Additions are computed for all tokens, and those of text are left out of the sum.
     work = count_work(batch)._replace(**whole, image_tokens=rows * length)
     ours = forward_flops(backbone.config, work).total

@@ -39,6 +39,15 @@ def test_the_body_of_a_loop_counts_as_often_as_it_runs():
     assert cost_of(layers, f32(16, 128), f32(7, 128, 128)).flops == 7 * 3 * 2 * 16 * 128 * 128
 
 
+def test_of_the_branches_of_a_conditional_the_dearer_counts():
+    def layers(x, weights):
+        wide = lambda x, w: x @ w @ w.T
+        step = lambda x, part: (jax.lax.cond(part[0], wide, lambda x, w: x * w[0, 0], x, part[1]), None)
+        return jax.lax.scan(step, x, (jnp.arange(5) == 4, weights))[0]
+
+    assert cost_of(layers, f32(16, 128), f32(5, 128, 64)).flops == 5 * 2 * 2 * 16 * 128 * 64
+
+
 def test_memory_traffic_of_simple_operations():
     n = 2**16
     assert cost_of(lambda x, y: jnp.tanh(x) * y + 1, f32(n), f32(n)).memory_bytes == 3 * 4 * n

@@ -52,14 +52,16 @@ def plan(folder):
 
 
 def test_the_steps_are_counted_to_the_formula(folder):
-    """Of padded rows, since dense attention computes every pair; three layers in one loop count three times."""
+    """Of padded rows, since dense attention computes every pair; three layers in one loop count three times, and all
+    of them as whole ones: the loop chooses between a whole and a last layer, and what it may compute counts."""
     config = dataclasses.replace(CONFIG, mesh=MeshConfig(data=2, fsdp=4))
     training, scoring = make_plan(config, str(folder), CPU, ASSUMED).steps
     _, numbers = read_model(str(folder))
 
     def counted(step):
         (rows, tokens), (pictures, patches) = step.workload.batch.tokens.shape, step.workload.batch.patches.shape[:2]
-        padded = Work(rows * tokens, rows * tokens**2, pictures * patches, pictures * patches**2, rows * tokens)
+        text, vision = (rows * tokens, rows * tokens**2), (pictures * patches, pictures * patches**2)
+        padded = Work(*text, *vision, rows * tokens, *text)
         return 8 * step.compiled.cost.flops / forward_flops(numbers, padded).total
 
     assert counted(scoring) == pytest.approx(1, rel=1e-4)

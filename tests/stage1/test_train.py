@@ -235,8 +235,6 @@ def test_lora_learns_with_the_backbone_frozen_and_refuses_another_backbone(tmp_p
 
 
 def test_settings_that_cannot_be_used_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="context > 1"):
-        train(dataclasses.replace(CONFIG, mesh=MeshConfig(context=2)), tmp_path, toy_model(), ToyDataset())
     with pytest.raises(ConfigError, match="the model has no adapters"):
         train(dataclasses.replace(CONFIG, trainable=TrainableConfig(parts="lora")), tmp_path, toy_model(), ToyDataset())
 
