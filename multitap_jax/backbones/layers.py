@@ -80,6 +80,12 @@ def linears(model: nnx.Module) -> Iterator[tuple[str, Linear]]:
             yield ".".join(map(str, path)), module
 
 
+def check_not_rounded(model: nnx.Module, purpose: str) -> None:
+    """Raises ValueError where kernels are of int8: such a model scores, and nothing else."""
+    if any(linear.kernel_scale is not None for _, linear in linears(model)):
+        raise ValueError(f"weights that were rounded to int8 cannot be {purpose}; load the model again, with full ones")
+
+
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + eps) * scale over the last dimension, in float32."""
 

@@ -63,7 +63,10 @@ def judge(heldout: Path, scores: Mapping[str, Path]) -> Results:
     records = load_records(heldout).records
     lines = {name: read_lines(path) for name, path in scores.items()}
     human = [float(r.score or 0) for r in records]
-    runs = {name: _judge([found.overall[r.id] for r in records], human, records) for name, found in lines.items()}
+    runs = {
+        name: _judge([found.overall.get(r.id, float("nan")) for r in records], human, records)
+        for name, found in lines.items()
+    }
     objectives = {}
     for name in OBJECTIVES:
         rated = [r for r in records if r.ratings.get(name) is not None]

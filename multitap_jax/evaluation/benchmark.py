@@ -12,7 +12,7 @@ from multitap_jax.display import TextTable
 from multitap_jax.evaluation.correlation import Interval, Statistic, kendall_tau, pearson, spearman, undefined_reason
 from multitap_jax.evaluation.protocols import TIES, Benchmark, Protocol
 from multitap_jax.evaluation.report import plain, shown
-from multitap_jax.evaluation.scores import read_note, read_scores, seen_before
+from multitap_jax.evaluation.scores import computed_in, noted_seen, read_note, read_scores, seen_before
 
 LEVEL = 0.95
 UNKNOWN = "not noted beside the scores"
@@ -31,7 +31,8 @@ class BenchmarkReport:
       n: judgements or comparisons. n_records, n_groups: records; groups that are resampled together.
       ties: judgements whose records score alike: tied comparisons of an accuracy, tied pairs of rows of a correlation.
       subset: whether the records are not the published number, or not of the published split.
-      conditions: variant, tie_rule, references, prompt, position_mode, image_policy, alpha_rule, dtype.
+      conditions: variant, tie_rule, references, prompt, position_mode, image_policy, alpha_rule, dtype; and in
+        seen_records, whose records are noted, so that they can be known again.
       warnings: what makes the number mean less than it seems.
       counted, scores: the records, and the scores float64[N] of them.
     """
@@ -135,7 +136,7 @@ def evaluate_benchmark(
         n_groups=len(np.unique(benchmark.groups)),
         ties=benchmark.ties(scores),
         subset=benchmark.subset,
-        conditions=_conditions(protocol, read_note(scores_path)),
+        conditions=_conditions(protocol, read_note(scores_path), scores_path),
         warnings=seen_before(scores_path, benchmark.records),
         counted=benchmark,
         scores=scores,
@@ -165,12 +166,18 @@ def _others(benchmark: Benchmark, scores: np.ndarray) -> dict[str, float]:
     return {**taus, "Pearson": pearson(pred, human), "Spearman": spearman(pred, human)}
 
 
-def _conditions(protocol: Protocol, note: dict[str, Any]) -> dict[str, str]:
+def _conditions(protocol: Protocol, note: dict[str, Any], scores_path: str | Path) -> dict[str, str]:
     noted = note.get("conditions")
     noted = noted if isinstance(noted, dict) else {}
-    dtype = note.get("settings", {}).get("dtype", UNKNOWN)
     found = {"variant": protocol.statistic} | ({"tie_rule": protocol.ties} if protocol.statistic == "accuracy" else {})
-    return found | {name: str(noted.get(name, UNKNOWN)) for name in CONDITIONS} | {"dtype": str(dtype)}
+    return (
+        found
+        | {name: str(noted.get(name, UNKNOWN)) for name in CONDITIONS}
+        | {
+            "dtype": computed_in(note) or UNKNOWN,
+            "seen_records": noted_seen(scores_path) or UNKNOWN,
+        }
+    )
 
 
 def interval(drawn: np.ndarray) -> Interval:

@@ -12,7 +12,7 @@ from multitap_jax.evaluation.benchmark import interval
 from multitap_jax.evaluation.correlation import Interval
 from multitap_jax.evaluation.protocols import Benchmark, Protocol, ProtocolError
 from multitap_jax.evaluation.report import plain
-from multitap_jax.evaluation.scores import read_scores
+from multitap_jax.evaluation.scores import read_scores, seen_before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Comparison:
       p_value: two-sided, of no difference: twice the smaller share of resamples on either side of 0 (one added to both
         counts, so it is never 0); NaN without resamples.
       n, n_groups, samples: rows; groups that are resampled together; resamples where both are defined.
+      warnings: of records that a model has seen, by its file.
     """
 
     benchmark: str
@@ -40,6 +41,7 @@ class Comparison:
     n: int
     n_groups: int
     samples: int
+    warnings: tuple[str, ...] = ()
 
     def table(self) -> TextTable:
         """The three numbers times 100."""
@@ -56,10 +58,11 @@ class Comparison:
         """The protocol, and what the test says."""
         least = self.p_value <= 2 / (self.samples + 1)  # no sample fell on the other side: p is not known below this
         p = f"p < {2 / self.samples:.3g}" if least and self.samples else f"p = {self.p_value:.3g}"
-        return (
+        said = (
             f"{self.protocol}\nPaired bootstrap: {p} (two-sided), {self.samples:,} samples of {self.n_groups:,} whole "
             f"groups, the same for both; n = {self.n:,}." + " More samples could tell of a smaller p." * least
         )
+        return "\n".join([said, *(f"WARNING: {warning}." for warning in self.warnings)])
 
     def to_json(self) -> str:
         """The whole comparison; numbers that do not exist are null."""
@@ -129,6 +132,12 @@ def compare_files(
         names = [f"{name}: {field}" for name, field in zip(names, fields, strict=True)]
     elif names[0] == names[1]:
         names = [str(path) for path in paths]
-    return compare_scores(
+    found = compare_scores(
         benchmark, first, second, names=(names[0], names[1]), bootstrap_samples=bootstrap_samples, seed=seed
     )
+    warnings = (
+        f"{name}: {warning}"
+        for name, path in zip(names, paths, strict=True)
+        for warning in seen_before(path, benchmark.records)
+    )
+    return dataclasses.replace(found, warnings=tuple(warnings))

@@ -15,7 +15,7 @@ from multitap_jax.data.records import Record, Rejected, group_keys, iter_records
 from multitap_jax.data.tables import RecordsError
 from multitap_jax.display import TextTable
 from multitap_jax.evaluation.correlation import Metrics, Statistic, evaluate_pairs
-from multitap_jax.evaluation.scores import Problem, ScoreLines, read_lines, read_note, seen_before
+from multitap_jax.evaluation.scores import Problem, ScoreLines, computed_in, read_lines, read_note, seen_before
 from multitap_jax.pages.charts import objectives_chart, scatter_chart
 from multitap_jax.pages.elements import Interval, spelled
 
@@ -156,7 +156,7 @@ def evaluate_files(
     items = list(iter_records(Path(records_path), allow_outside_root=allow_outside_root, need_images=False))
     records = [item for item in items if isinstance(item, Record)]
     scores = read_lines(scores_path)
-    dtype = dtype or str(note.get("settings", {}).get("dtype", "unknown"))
+    dtype = dtype or computed_in(note) or "unknown"
     _check_target(records, target, records_path)
     groups = dict(zip((record.id for record in records), group_keys(records), strict=True))
     options: dict[str, Any] = {"samples": bootstrap_samples, "seed": seed, "level": level, "tolerance": tolerance}

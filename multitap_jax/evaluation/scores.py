@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -224,6 +224,19 @@ def seen_before(path: str | Path, records: Sequence[Record]) -> tuple[str, ...]:
         return ()
     known = from_bytes(beside.read_bytes(), beside)
     return told(known, [record.id for record in records], prints_of(records))
+
+
+def noted_seen(path: str | Path) -> str:
+    """Whose records are noted beside scores, in words, "" where none are: silence about those says nothing."""
+    beside = seen_file_of(Path(path))
+    return " and ".join(from_bytes(beside.read_bytes(), beside)) if beside.is_file() else ""
+
+
+def computed_in(note: Mapping[str, Any]) -> str | None:
+    """How the scores beside this note were computed: type, and weights where they were rounded; None if not noted."""
+    settings = note.get("settings", {})
+    weights = f", weights of {settings['weights']}" if "weights" in settings else ""
+    return f"{settings['dtype']}{weights}" if "dtype" in settings else None
 
 
 def is_number(value: Any) -> TypeGuard[float]:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save as tensors_to_bytes
 
+from multitap_jax.backbones.layers import check_not_rounded
 from multitap_jax.data.processing import Contract
 from multitap_jax.data.seen import FITTED, Seen, from_arrays, is_seen, to_arrays
 from multitap_jax.families import read_config
@@ -139,6 +140,7 @@ class Artefact:
           FileExistsError: the folder is in the way.
           ArtefactError: `base` describes another model; ridge head and objectives do not fit each other; NaN in a head.
         """
+        check_not_rounded(model, "saved")
         base = Path(base)
         check_same_model(model, base)
         head = RewardHead.from_arrays(whole(model.head.weight[...]), whole(model.head.bias[...]))

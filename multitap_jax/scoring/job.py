@@ -1,9 +1,10 @@
 """Scores a file of records of any length: each input line appears in the output exactly once, also after kill -9.
 
-The output is its own journal. Lines are appended in input order, a window at a time, and pushed to the disk before the
-next window starts; a restart cuts off what is torn, checks the ids of the lines that are whole against the input, and
-goes on after them. `OUTPUT.job.json` beside it says what is being scored with what, so that another input or another
-model can never continue a file; `OUTPUT.seen.safetensors`, which records the model has seen in training.
+The output is its own journal. Lines are appended in input order, a window at a time, and each window is pushed to the
+disk before the next is written, while later ones are already being computed; a restart cuts off what is torn, checks
+the ids of the lines that are whole against the input, and goes on after them. `OUTPUT.job.json` beside it says what is
+being scored with what, so that another input or another model can never continue a file; `OUTPUT.seen.safetensors`,
+which records the model has seen in training.
 `OUTPUT.rejected.jsonl` repeats the lines that have no score, with the reason.
 
 Of several processes each scores its share of the windows, and the first writes all of these files (`parts.py`); what it
@@ -155,7 +156,7 @@ def score_file(
       truncate: cut texts that are too long instead of rejecting them.
       max_rejected: share of records without a score above which the job stops.
       allow_outside_root: let image paths leave the folder of the records file.
-      window: records scored between two writes; at most so many are scored again after a kill.
+      window: records scored between two writes; after a kill up to a few times as many are scored again.
       show_progress: draw a bar on standard error.
 
     Raises:

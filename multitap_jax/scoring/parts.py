@@ -118,8 +118,9 @@ class Parts(Generic[Item]):
 
         def share() -> Iterator[Block[Item]]:
             for block in blocks(items, self._size, start):
+                mine = self._mine(block) and not self._has(block, whole)  # before `see`, after which it may be taken
                 see(block)
-                if self._mine(block) and not self._has(block, whole):
+                if mine:
                     asked.append(block)
                     yield block
 

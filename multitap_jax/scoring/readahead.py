@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
+PATIENCE = 1.0  # seconds that an abandoned thread is waited for
 
 
 def read_ahead(items: Iterator[Item], depth: int = 4) -> Iterator[Item]:
@@ -43,4 +44,4 @@ def read_ahead(items: Iterator[Item], depth: int = 4) -> Iterator[Item]:
             yield item
     finally:
         stopped.set()
-        thread.join()
+        thread.join(PATIENCE)  # not for ever: it may be waiting for an item that never comes

@@ -22,6 +22,7 @@ import numpy as np
 import scipy.special
 
 from multitap_jax.backbones import Execution
+from multitap_jax.backbones.layers import check_not_rounded
 from multitap_jax.batch import PackedBatch
 from multitap_jax.data.processing import Processing
 from multitap_jax.data.seen import Seen
@@ -42,7 +43,7 @@ from multitap_jax.stage2.head import RidgeHead
 from multitap_jax.weights.sources import locate
 
 IN_FLIGHT = 3  # batches on the device before the host waits for the first
-WINDOW = 256  # pairs whose pictures are in memory at once
+WINDOW = 256  # pairs that are grouped by picture; the pictures of two or three windows are in memory at once
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -54,7 +55,7 @@ class Scorer:
       model: backbone and reward head.
       ridge: heads of the objectives, if any.
       dtype: "float32" (scores repeat to 1e-5 in any batch) or "bfloat16" (faster).
-      weights: "full" (as `dtype` says) or "int8", rounded as `quantize.py` says: half the memory of bfloat16.
+      weights: "full" (as `dtype` says) or "int8", rounded as `quantize.py` says, once they are loaded.
       batch_tokens: about how many tokens a batch holds; bounds device memory.
       max_length: longest pair in tokens, image tokens included.
       truncate: cut the tail of longer texts, where a call does not say otherwise.
@@ -87,6 +88,7 @@ class Scorer:
             raise ValueError(f"dtype {dtype!r}: expected {' or '.join(DTYPES)}")
         if weights not in WEIGHTS:
             raise ValueError(f"weights {weights!r}: expected {' or '.join(WEIGHTS)}")
+        check_not_rounded(model, "scored with as they are: a scorer rounds what it is given")
         model = quantize(model) if weights == "int8" else model
         self.artefact, self.truncate, self._dtype = artefact, truncate, dtype
         self.names = tuple(objective.name for objective in artefact.manifest.objectives)
@@ -204,8 +206,8 @@ class Scorer:
     ) -> Iterator[Scores]:
         """Scores of each list of pairs, in order, of as many as there are: the next are made ready meanwhile.
 
-        `lists` is asked from another thread, a few batches ahead; `occupancy` learns of each batch. For the rest, see
-        `score`.
+        `lists` is asked from another thread, some batches ahead, and results come when later lists are there, or no
+        more: to ask one thing at a time, use `score`. `occupancy` learns of each batch. For the rest, see `score`.
         """
         return (self._scores(found) for found in self._stream(lists, False, truncate, occupancy=occupancy))
 

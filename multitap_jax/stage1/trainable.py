@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from multitap_jax.backbones.layers import Linear, linears, matmul_precision, param
+from multitap_jax.backbones.layers import Linear, check_not_rounded, linears, matmul_precision, param
 from multitap_jax.config import ConfigError, TrainableConfig
 from multitap_jax.reward import RewardModel
 
@@ -65,6 +65,7 @@ def add_lora(model: nnx.Module, config: TrainableConfig, rngs: nnx.Rngs) -> None
     Raises:
       ConfigError: a target that names no module (the message lists the modules there are).
     """
+    check_not_rounded(model, "trained")
     modules = dict(linears(model))
     chosen: dict[str, Linear] = {}
     for target in config.lora_targets:
@@ -88,6 +89,7 @@ def add_lora(model: nnx.Module, config: TrainableConfig, rngs: nnx.Rngs) -> None
 
 def merge_lora(model: RewardModel) -> RewardModel:
     """Folds adapters into their kernels and removes them, in place; returns the model (unchanged if it has none)."""
+    check_not_rounded(model, "merged with adapters")
     for _, linear in linears(model):
         if linear.lora_a is None or linear.lora_b is None:
             continue

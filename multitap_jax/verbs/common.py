@@ -58,7 +58,11 @@ def model_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("checkpoint", None, "Artefact folder (what `train` writes). Required.", flag_values=values)
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Computation type.", flag_values=values)
     flags.DEFINE_enum(
-        "weights", "full", ["full", "int8"], "int8: rounded weights, half the memory of bfloat16.", flag_values=values
+        "weights",
+        "full",
+        ["full", "int8"],
+        "int8: rounded weights, about half the memory of bfloat16.",
+        flag_values=values,
     )
     whole_number(values, "batch_tokens", 16384, "About how many tokens a batch holds.")
     whole_number(values, "max_length", 2048, "Longest pair in tokens, image tokens included.")

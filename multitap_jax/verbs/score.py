@@ -17,7 +17,7 @@ def define_flags(values: flags.FlagValues) -> None:
     model_flags(values)
     process_flags(values)
     flags.DEFINE_string("output", None, "Where the scores go (JSONL). Required.", flag_values=values)
-    whole_number(values, "window", 1024, "Records that are read, grouped by image and written at once.")
+    whole_number(values, "window", 1024, "Records that are written at once.")
     flags.mark_flag_as_required("output", flag_values=values)
 
 

@@ -1,6 +1,7 @@
 """The score contract: the same pair, the same score; nothing cut in silence; no NaN passes for a score."""
 
 import json
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -21,7 +22,7 @@ from multitap_jax.scoring.occupancy import Occupancy
 from multitap_jax.scoring.pairs import make_pairs
 from multitap_jax.scoring.readahead import read_ahead
 from multitap_jax.scoring.results import ScoringError
-from multitap_jax.scoring.scorer import Scorer
+from multitap_jax.scoring.scorer import IN_FLIGHT, Scorer
 from tests.scoring.model_fixtures import CONTRACT, HIDDEN, pictures, tiny_model, tiny_ridge
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -323,6 +324,23 @@ def test_a_stream_reads_a_few_batches_ahead_and_no_more(scorer, pairs):
     next(stream)
     stream.close()
     assert 1 < len(asked) < 20
+
+
+def test_a_stream_can_be_left_while_its_source_waits(scorer, pairs, monkeypatch):
+    monkeypatch.setattr("multitap_jax.scoring.readahead.PATIENCE", 0.05)
+    every, never = make_pairs(*pairs, None), threading.Event()
+
+    def lists():
+        for _ in range(IN_FLIGHT + 3):
+            yield every[:1]
+        never.wait()
+
+    try:
+        with pytest.raises(KeyError):
+            for _ in scorer.score_stream(lists()):
+                raise KeyError("of the consumer")
+    finally:
+        never.set()
 
 
 def test_streams_in_two_threads_keep_their_pairs_apart(scorer, pairs, expected):

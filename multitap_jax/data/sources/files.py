@@ -285,7 +285,7 @@ def number(value: Any, name: str) -> float | None:
     if value is None or value == "":
         return None
     try:
-        if isinstance(value, str) and "_" in value:  # Python would take 1_0 for 10
+        if isinstance(value, bool) or (isinstance(value, str) and "_" in value):  # Python would take 1_0 for 10
             raise ValueError
         found = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -293,6 +293,12 @@ def number(value: Any, name: str) -> float | None:
     if math.isinf(found):
         raise ValueError(f"{name} is {found}, not a finite number")
     return None if math.isnan(found) else found
+
+
+def minus(rank: Any) -> float | None:
+    """The preference that a rank stands for, None without one; raises as `number`."""
+    found = number(rank, "rank")
+    return None if found is None else -found
 
 
 def embedded(value: Any) -> str | bytes:

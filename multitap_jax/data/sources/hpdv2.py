@@ -2,17 +2,18 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from multitap_jax.data.sources.base import Dataset, Draft, Item, Layout, Request, rejected
-from multitap_jax.data.sources.files import entries, read_json, told_apart
+from multitap_jax.data.sources.files import entries, minus, number, read_json, told_apart
 
 
-def _drafts(group: str, prompt: str, pictures: Sequence[str], preferences: Sequence[float]) -> Iterator[Item]:
+def _drafts(group: str, prompt: str, pictures: Sequence[str], preferences: Sequence[Any]) -> Iterator[Item]:
     if len(pictures) != len(preferences):
         yield rejected(group, f"{len(pictures)} pictures, but {len(preferences)} judgements")
         return
     for side, (picture, preference) in enumerate(zip(pictures, preferences, strict=True)):
-        rating = {"preference": float(preference)}
+        rating = {"preference": number(preference, "preference")}
         yield Draft(f"{group}/{side}", picture, prompt, ratings=rating, group=group)
 
 
@@ -20,7 +21,7 @@ def _read_rankings(paths: Sequence[Path], request: Request) -> Iterator[Item]:
     for path, name in zip(paths, told_apart(paths), strict=True):
         for place, entry in enumerate(entries(path, request.at, read_json(path))):
             group = f"{name}/{place:06d}"
-            yield from _drafts(group, entry["prompt"], entry["image_path"], [-rank for rank in entry["rank"]])
+            yield from _drafts(group, entry["prompt"], entry["image_path"], [minus(rank) for rank in entry["rank"]])
 
 
 def _read_choices(paths: Sequence[Path], request: Request) -> Iterator[Item]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from multitap_jax.data.sources.base import Dataset, Draft, Item, Layout, Request, mapped, rejected
-from multitap_jax.data.sources.files import embedded, entries, number, read_json, rows
+from multitap_jax.data.sources.files import embedded, entries, minus, number, read_json, rows
 
 RATINGS = {
     "overall": "overall_rating",
@@ -25,7 +25,7 @@ def _read_rankings(paths: Sequence[Path], request: Request) -> Iterator[Item]:
                 yield rejected(entry["id"], f"{len(pictures)} pictures, but {len(ranks)} ranks")
                 continue
             for place, (picture, rank) in enumerate(zip(pictures, ranks, strict=True)):
-                rating = {"preference": -float(rank)}
+                rating = {"preference": minus(rank)}
                 yield Draft(f"{entry['id']}/{place}", picture, entry["prompt"], ratings=rating, group=entry["id"])
 
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 from scipy.io import savemat
+
+from multitap_jax.data.records import load_records
+from multitap_jax.data.sources import convert
 
 
 def picture(colour: int, kind: str = "PNG") -> bytes:
@@ -93,3 +97,15 @@ def pascal_mats(folder: Path, pairs: list[tuple[str, str, str, int, int]]) -> No
     folder.mkdir(parents=True, exist_ok=True)
     savemat(folder / "pair_pascal.mat", {"new_input": inputs, "category": np.array([[p[3] for p in pairs]], float)})
     savemat(folder / "consensus_pascal.mat", {"triplets": triplets})
+
+
+def records_of(name, source, **options):
+    """{id without the dataset's name and split: record} of a small set; pictures are not taken unless asked for."""
+    output = source.parent / f"out-{name}-{len(list(source.parent.iterdir()))}"
+    settings = {"images": "none", "allow_subset": True} | options
+    done = convert(name, source, output, **settings)
+    found = load_records(output, max_rejected=1.0) if "images" in options else None
+    lines = [json.loads(line) for line in (output / "records.jsonl").read_text().splitlines()]
+    assert done.written == len(lines) == (len(found.records) if found else len(lines))
+    rejected = [json.loads(line)["reason"] for line in (output / "rejected.jsonl").read_text().splitlines()]
+    return {re.sub(rf"^{name}/((train|validation|test|all)/)?", "", line["id"]): line for line in lines}, rejected

@@ -3,12 +3,10 @@
 import json
 import math
 import os
-import re
 from pathlib import Path
 
 import pytest
 
-from multitap_jax.data.records import load_records
 from multitap_jax.data.sources import DATASETS, SourceError, convert
 from tests.data.sources.published import (
     flickr_json,
@@ -16,23 +14,12 @@ from tests.data.sources.published import (
     parquet,
     pascal_mats,
     picture,
+    records_of,
     table,
     write,
 )
 
 SHARED = Path(os.environ.get("MULTITAP_SHARED_DATA", Path(__file__).parents[3].parent / "shared/data"))
-
-
-def records_of(name, source, **options):
-    """{id without the dataset's name and split: record} of a small set; pictures are not taken unless asked for."""
-    output = source.parent / f"out-{name}-{len(list(source.parent.iterdir()))}"
-    settings = {"images": "none", "allow_subset": True} | options
-    done = convert(name, source, output, **settings)
-    found = load_records(output, max_rejected=1.0) if "images" in options else None
-    lines = [json.loads(line) for line in (output / "records.jsonl").read_text().splitlines()]
-    assert done.written == len(lines) == (len(found.records) if found else len(lines))
-    rejected = [json.loads(line)["reason"] for line in (output / "rejected.jsonl").read_text().splitlines()]
-    return {re.sub(rf"^{name}/((train|validation|test|all)/)?", "", line["id"]): line for line in lines}, rejected
 
 
 def test_flickr8k_expert_json(tmp_path):
@@ -302,38 +289,6 @@ def test_imagereward(tmp_path):
     assert len(records_of("imagereward", tmp_path / "t", split="train", images=None)[0]) == 1
 
 
-def test_hpdv2(tmp_path):
-    test = {"prompt": "p", "image_path": ["a.jpg", "b.jpg"], "rank": [1, 2], "raw_annotations": []}
-    train = {"prompt": "p", "file_path": ["c.jpg", "d.jpg"], "human_preference": [0, 1]}
-    write(tmp_path / "s/test.json", [test])
-    write(tmp_path / "s/train.json", [train])
-    ranked, _ = records_of("hpdv2", tmp_path / "s")
-    chosen, _ = records_of("hpdv2", tmp_path / "s", split="train")
-    assert [r["ratings"]["preference"] for r in ranked.values()] == [-1.0, -2.0]
-    assert [r["ratings"]["preference"] for r in chosen.values()] == [0.0, 1.0]
-
-
-@pytest.mark.parametrize(
-    ("files", "ids"),
-    [
-        (("test_anime.json", "test_photo.json"), ("test_anime/000000", "test_photo/000000")),
-        (("a/test.json", "b/test.json"), ("a/test/000000", "b/test/000000")),
-    ],
-)
-def test_records_of_two_files_are_not_one(tmp_path, files, ids):
-    entry = {"prompt": "p", "image_path": ["a.jpg", "b.jpg"], "rank": [1, 2]}
-    for name in files:
-        write(tmp_path / "s" / name, [entry])
-    found, rejected = records_of("hpdv2", tmp_path / "s")
-    assert not rejected
-    assert list(found) == [f"{name}/{side}" for name in ids for side in (0, 1)]
-    assert {record["group"] for record in found.values()} == {f"hpdv2/test/{name}" for name in ids}
-    rated = {"dataset": [{"image": "a.jpg", "caption": "x", "human": 3}]}
-    for name in ("x/composite.json", "y/composite.json"):
-        write(tmp_path / "c" / name, rated)
-    assert list(records_of("composite", tmp_path / "c")[0]) == ["x/composite/00000", "y/composite/00000"]
-
-
 def test_visionreward_dimensions_come_from_the_data(tmp_path):
     rows = [
         {"image": hub_image(9), "prompt": "p", "annotation": {"symmetry": 1, "hands": None}, "meta_result": [1, 0]},
@@ -437,7 +392,7 @@ def test_a_table_of_ones_own(tmp_path):
 
 
 def test_every_dataset_has_a_test_of_its_own():
-    text = Path(__file__).read_text()
+    text = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
     assert all(f'records_of("{name}"' in text for name in DATASETS)
 
 
