@@ -117,9 +117,9 @@ def _hash(*content: object) -> int:
 
 
 def to_arrays(known: Mapping[str, Seen]) -> dict[str, np.ndarray]:
-    """Tensors of a safetensors file, "seen.WHO.KIND"; `known` is by who has seen."""
+    """Tensors of a safetensors file, "seen.WHO.KIND" int64: not all readers know uint64; `known` is by who has seen."""
     return {
-        f"{_PREFIX}.{who}.{kind}": values
+        f"{_PREFIX}.{who}.{kind}": values.view(np.int64)
         for who, seen in known.items()
         for kind, values in zip(KINDS, seen, strict=True)
     }
@@ -133,7 +133,7 @@ def is_seen(name: str) -> bool:
 def from_arrays(arrays: Mapping[str, np.ndarray]) -> dict[str, Seen]:
     """What `to_arrays` was given; other arrays are left alone."""
     names = {name.split(".")[1] for name in arrays if is_seen(name)}
-    return {who: Seen(*(arrays[f"{_PREFIX}.{who}.{kind}"] for kind in KINDS)) for who in sorted(names)}
+    return {who: Seen(*(arrays[f"{_PREFIX}.{who}.{kind}"].view(np.uint64) for kind in KINDS)) for who in sorted(names)}
 
 
 def to_bytes(known: Mapping[str, Seen]) -> bytes:

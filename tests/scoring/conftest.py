@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from multitap_jax.data.seen import TRAINED, Print, Seen
 from tests.scoring.model_fixtures import base_folder, save_artefact
 
 
@@ -16,7 +17,7 @@ def base(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def saved(base, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "artefact"
-    save_artefact(folder, base)
+    save_artefact(folder, base, seen={TRAINED: Seen.of([Print(2**64 - 1, (2**63,), None, 7)])})
     return folder
 
 

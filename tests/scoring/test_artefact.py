@@ -82,7 +82,12 @@ def test_the_folder_is_readable_by_others(saved, base):
         "ridge.coef": (2, HIDDEN),
         "ridge.intercept": (2,),
         "ridge.alpha": (2,),
+        "seen.trained.pair": (1,),
+        "seen.trained.pictures": (1,),
+        "seen.trained.group": (0,),
+        "seen.trained.id": (1,),
     }
+    assert {heads[name].dtype for name in heads if name.startswith("seen.")} == {np.dtype(np.int64)}
     assert json.loads((saved / "config.json").read_text()) == tiny_config()
     for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
         assert (saved / name).read_bytes() == (base / name).read_bytes()
