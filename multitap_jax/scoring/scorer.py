@@ -62,6 +62,9 @@ class Scorer:
       artefact: the artefact.
       names: names of the objectives.
       settings: JSON of what decides a score besides the artefact.
+
+    Raises:
+      ConfigError: `max_length` is more than the model was made for.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class Scorer:
     ):
         if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r}: expected {' or '.join(DTYPES)}")
+        model.backbone.config.text.check_length(max_length)
         self.artefact, self.truncate, self._dtype = artefact, truncate, dtype
         self.names = tuple(objective.name for objective in artefact.manifest.objectives)
         self.settings: dict[str, Any] = {"dtype": dtype, "max_length": max_length}

@@ -83,6 +83,7 @@ def _run(config: TrainConfig, workdir: Path, console: Console) -> RunResult:
     )
     train_records, held_out, origins = _records(config, rejects)
     model = _model(config, base, mesh)
+    model.backbone.config.text.check_length(config.data.max_length)
     hidden = model.backbone.config.text.hidden_size
     common = config, processing, hidden, rejects, mesh
     dataset = _dataset(*common, train_records, origins[0], config.accumulation)
