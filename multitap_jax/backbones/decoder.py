@@ -18,6 +18,7 @@ from multitap_jax.backbones.layers import Embedding, Linear, RMSNorm, rotate
 from multitap_jax.backbones.rope import Angles, Rope
 from multitap_jax.backbones.stack import Execution, collect_layers, run_to
 from multitap_jax.batch import PackedBatch
+from multitap_jax.config import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,7 @@ class DecoderConfig:
       vocab_size: rows of the token table.
       hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_dim: sizes.
       rope: rotary frequencies.
+      max_positions: tokens of the longest row that the model was made for [max_position_embeddings].
       rms_norm_eps: of all norms.
       qkv_bias: whether the projections to queries, keys and values have biases (Qwen2).
       qk_norm: whether each head of queries and keys is normalised before it turns (Qwen3).
@@ -41,6 +43,7 @@ class DecoderConfig:
     num_kv_heads: int
     head_dim: int
     rope: Rope
+    max_positions: int
     rms_norm_eps: float
     qkv_bias: bool = False
     qk_norm: bool = False
@@ -56,6 +59,7 @@ class DecoderConfig:
         num_hidden_layers: int,
         num_attention_heads: int,
         num_key_value_heads: int | None,
+        max_position_embeddings: int,
         rope_theta: float,
         rms_norm_eps: float,
         qkv_bias: bool = False,
@@ -80,10 +84,19 @@ class DecoderConfig:
             num_kv_heads=text.size("num_key_value_heads", groups or heads),
             head_dim=head_dim,
             rope=Rope.from_hf(text, theta=rope_theta),
+            max_positions=text.size("max_position_embeddings", max_position_embeddings),
             rms_norm_eps=text.number("rms_norm_eps", rms_norm_eps),
             qkv_bias=qkv_bias,
             qk_norm=qk_norm,
         )
+
+    def check_length(self, max_length: int) -> None:
+        """Raises ConfigError where pairs may have more tokens than the model was made for."""
+        if max_length > self.max_positions:
+            raise ConfigError(
+                f"max_length = {max_length}: the model was made for rows of {self.max_positions} tokens "
+                "(max_position_embeddings in its config.json); beyond them its positions mean nothing to it"
+            )
 
     def inconsistencies(self) -> Iterator[str]:
         """What is wrong with the numbers besides their signs, one sentence each."""

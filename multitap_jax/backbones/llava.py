@@ -31,9 +31,25 @@ _VISION = {
 }
 # What an entry means that the text section leaves out, by its `model_type`.
 _DECODERS: dict[str, dict[str, Any]] = {
-    "llama": {"vocab_size": 32000, "intermediate_size": 11008, "num_key_value_heads": None},
-    "mistral": {"vocab_size": 32000, "intermediate_size": 14336, "num_key_value_heads": 8},
-    "qwen2": {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "qkv_bias": True},
+    "llama": {
+        "vocab_size": 32000,
+        "intermediate_size": 11008,
+        "num_key_value_heads": None,
+        "max_position_embeddings": 2048,
+    },
+    "mistral": {
+        "vocab_size": 32000,
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+    },
+    "qwen2": {
+        "vocab_size": 151936,
+        "intermediate_size": 22016,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 32768,
+        "qkv_bias": True,
+    },
 }
 
 

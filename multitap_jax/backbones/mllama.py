@@ -66,6 +66,7 @@ class MllamaConfig:
             num_hidden_layers=40,
             num_attention_heads=32,
             num_key_value_heads=8,
+            max_position_embeddings=131072,
             rope_theta=5e5,
             rms_norm_eps=1e-5,
         )

@@ -161,6 +161,7 @@ def qwen2_decoder(text: Section) -> DecoderConfig:
         num_hidden_layers=80,
         num_attention_heads=64,
         num_key_value_heads=8,
+        max_position_embeddings=32768,
         rope_theta=1e6,
         rms_norm_eps=1e-5,
         qkv_bias=True,

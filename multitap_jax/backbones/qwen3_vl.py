@@ -113,6 +113,7 @@ class Qwen3VLConfig(QwenConfig):
             num_attention_heads=32,
             num_key_value_heads=32,
             head_dim=128,
+            max_position_embeddings=128000,
             rope_theta=5e5,
             rms_norm_eps=1e-6,
             qk_norm=True,

@@ -67,6 +67,9 @@ class Scorer:
       artefact: the artefact.
       names: names of the objectives.
       settings: JSON of what decides a score besides the artefact.
+
+    Raises:
+      ConfigError: `max_length` is more than the model was made for.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class Scorer:
     ):
         if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r}: expected {' or '.join(DTYPES)}")
+        model.backbone.config.text.check_length(max_length)
         if weights not in WEIGHTS:
             raise ValueError(f"weights {weights!r}: expected {' or '.join(WEIGHTS)}")
         check_not_rounded(model, "scored with as they are: a scorer rounds what it is given")

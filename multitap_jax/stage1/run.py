@@ -85,6 +85,7 @@ def _run(config: TrainConfig, workdir: Path, console: Console) -> RunResult:
     )
     train_records, held_out, origins = _records(config, rejects)
     model = _model(config, base, mesh)
+    model.backbone.config.text.check_length(config.data.max_length)
     common = config, processing, rejects, model.backbone.config.text.hidden_size, mesh
     prepared = _prepared(config, processing, rejects, train_records, origins[0])
     dataset, seen = _dataset(*common, prepared, origins[0], config.accumulation), Seen.of(prepared.prints)

@@ -38,7 +38,7 @@ def check_backend(name: str) -> None:
         raise UnsupportedAttentionError(f"attention = {name!r} is no backend; known: {known}")
 
 
-def choose(setup: Setup, queries: int, keys: int, *, same_tokens: bool, causal: bool) -> str:
+def choose(setup: Setup, queries: int, keys: int, *, spread_keys: bool, causal: bool) -> str:
     """The name of the backend for rows of so many queries and keys.
 
     What a backend for accelerators cannot compute, it says itself, when it sees types and sizes of heads. `ring` and
@@ -49,7 +49,7 @@ def choose(setup: Setup, queries: int, keys: int, *, same_tokens: bool, causal: 
       UnsupportedAttentionError: there is no such backend, or it cannot compute rows that are spread over devices.
     """
     check_backend(setup.backend)
-    spread = setup.along_context and same_tokens
+    spread = setup.along_context and spread_keys
     if setup.backend == AUTO or (setup.backend == "ring" and not spread):
         name = "ring" if spread else _fastest(setup, queries, keys, causal)
         if setup.backend == AUTO:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from multitap_jax.backbones.attention import placement
-from multitap_jax.backbones.attention.choice import choose
+from multitap_jax.backbones.attention.choice import LOOP_FROM, choose
 from multitap_jax.backbones.attention.rule import DENSE, Keys, Queries, Setup, Visibility
 from multitap_jax.batch import Array
 
@@ -27,7 +27,7 @@ def make_visibility(segment: Array, prefix: Array | None = None, *, causal: bool
     column = jnp.arange(segment.shape[1], dtype=jnp.int32) if causal else jnp.zeros(segment.shape[1], jnp.int32)
     column = jnp.broadcast_to(column[None], segment.shape)
     queries = Queries(segment, segment if prefix is None else jnp.asarray(prefix), column)
-    return _prepare(queries, Keys(segment, column), setup, same_tokens=True, causal=causal)
+    return _prepare(queries, Keys(segment, column), setup, spread_keys=True, causal=causal)
 
 
 def make_cross_visibility(queries: Queries, keys: Keys, *, setup: Setup = DENSE) -> Visibility:
@@ -37,20 +37,26 @@ def make_cross_visibility(queries: Queries, keys: Keys, *, setup: Setup = DENSE)
       UnsupportedAttentionError: see `make_visibility`.
     """
     queries, keys = Queries(*map(jnp.asarray, queries)), Keys(*map(jnp.asarray, keys))
-    return _prepare(queries, keys, setup, same_tokens=False, causal=False)
+    return _prepare(queries, keys, setup, spread_keys=False, causal=False)
 
 
 def only_at(visibility: Visibility, at: jax.Array) -> Visibility:
-    """The visibility of the queries at columns int32[B, K] alone, of all keys; dense, since they are few."""
+    """The visibility of the queries at columns int32[B, K] alone, of all keys; dense where they are few.
+
+    Where rows are spread, so are these queries, if their number divides.
+    """
     queries = Queries(*(jnp.take_along_axis(x, at, axis=1) for x in visibility.queries))
-    setup = dataclasses.replace(visibility.setup, backend="dense")
-    return _prepare(queries, visibility.keys, setup, same_tokens=False, causal=False)
+    setup, count = visibility.setup, at.shape[1]
+    uneven = setup.along_context and setup.mesh is not None and count % setup.mesh.shape["context"]
+    if count < LOOP_FROM or uneven:
+        setup = dataclasses.replace(setup, backend="dense")
+    return _prepare(queries, visibility.keys, setup, spread_keys=visibility.spread_keys, causal=False)
 
 
-def _prepare(queries: Queries, keys: Keys, setup: Setup, *, same_tokens: bool, causal: bool) -> Visibility:
+def _prepare(queries: Queries, keys: Keys, setup: Setup, *, spread_keys: bool, causal: bool) -> Visibility:
     lengths = queries.segment.shape[1], keys.segment.shape[1]
-    name = choose(setup, *lengths, same_tokens=same_tokens, causal=causal)
-    return placement.prepare(Visibility(queries, keys, None, name, setup, same_tokens))
+    name = choose(setup, *lengths, spread_keys=spread_keys, causal=causal)
+    return placement.prepare(Visibility(queries, keys, None, name, setup, spread_keys))
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility) -> jax.Array:

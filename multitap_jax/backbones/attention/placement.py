@@ -36,7 +36,7 @@ def compute(q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility) ->
     if mesh is None or mesh.size == 1 or visibility.backend == "dense":
         return attend(q, k, v, visibility)
     along_q = AXIS if setup.along_context else None
-    along_k = along_q if visibility.same_tokens else None
+    along_k = along_q if visibility.spread_keys else None
     for what, axis, size in (("a row's length", along_q, q.shape[1]), ("the key heads", "tensor", q.shape[2])):
         if axis is not None and size % mesh.shape[axis]:
             raise UnsupportedAttentionError(f"config.mesh.{axis} = {mesh.shape[axis]} does not divide {what}, {size}")

@@ -70,7 +70,7 @@ DENSE = Setup()
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("queries", "keys", "prepared"),
-    meta_fields=("backend", "setup", "same_tokens"),
+    meta_fields=("backend", "setup", "spread_keys"),
 )
 @dataclasses.dataclass(frozen=True)
 class Visibility:
@@ -81,7 +81,7 @@ class Visibility:
       prepared: what the backend makes of them once; every array has a leading B.
       backend: name of the backend that computes attention under it.
       setup: what it was chosen for.
-      same_tokens: queries and keys are the same tokens.
+      spread_keys: keys too are spread where rows are (`Setup.along_context`); else each device has all of them.
     """
 
     queries: Queries
@@ -89,7 +89,7 @@ class Visibility:
     prepared: Any
     backend: str
     setup: Setup
-    same_tokens: bool
+    spread_keys: bool
 
 
 def visible(queries: Queries, keys: Keys) -> jax.Array:

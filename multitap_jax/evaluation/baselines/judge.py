@@ -52,6 +52,7 @@ class Judge:
       dtype, batch_tokens, max_length, attention, workers: see `Scorer`; a prompt is never cut.
 
     Raises:
+      ConfigError: `max_length` is more than the model was made for.
       ValueError: a family that keeps images out of the row (Llama-3.2-Vision), whose layers this cache does not know.
     """
 
@@ -68,6 +69,7 @@ class Judge:
         attention: str = "auto",
         workers: int | None = None,
     ):
+        backbone.config.text.check_length(max_length)
         processing = Processing.from_folder(folder, contract)
         if processing.vision.layout.apart:
             raise ValueError(
