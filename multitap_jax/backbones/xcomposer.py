@@ -91,6 +91,7 @@ class XComposerConfig:
             num_hidden_layers=32,
             num_attention_heads=32,
             num_key_value_heads=None,
+            max_position_embeddings=2048,
             rope_theta=10000.0,
             rms_norm_eps=1e-6,
         )
