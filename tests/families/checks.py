@@ -34,6 +34,7 @@ from tests.families.common import (
 )
 
 SAME_GRADIENT = 1e-4  # relative to the largest entry of a parameter's gradient, ours against ours
+MIXED = MeshConfig(data=2, fsdp=2, tensor=2)
 Run = Callable[[Backbone, PackedBatch], jax.Array]
 
 
@@ -58,9 +59,11 @@ def assert_same_gradients(got: Any, expected: Any, floor: float = 0.0) -> None:
         np.testing.assert_allclose(gradient, wanted[path], atol=atol, rtol=0, err_msg=path)
 
 
-def check_mesh(folder: Path, pairs: Sequence[Pair], *, gradient: bool = False, **chosen: str) -> None:
+def check_mesh(
+    folder: Path, pairs: Sequence[Pair], *, gradient: bool = False, config: MeshConfig = MIXED, **chosen: str
+) -> None:
     """Two micro-batches on eight devices, parameters sharded by their rules: states (and gradients) of one device."""
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    mesh = make_mesh(config)
     (batch,) = batches(folder, pairs, contract_of(folder, **chosen), cells=2 * batch_shards(mesh))
     here = batch.record >= 0
     sharded = load_backbone(folder, shardings=lambda model: param_shardings(model, mesh))
