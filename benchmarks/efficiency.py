@@ -18,10 +18,8 @@ a text, pairs at a time, and the size of the model.
 
 import argparse
 import contextlib
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,21 +27,18 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from flax import nnx
-from scoring import SIDE, WORDS, make_pairs  # beside this file
+from measuring import Seconds, interleaved  # beside this file
+from workload import SIDE, WORDS, make_model, make_pairs, qwen2_vl, write_base
 
 import multitap_jax.evaluation.baselines.judge as judge_module
 import multitap_jax.scoring.scorer as scorer_module
 from multitap_jax import Scorer
 from multitap_jax.data.processing import Contract
 from multitap_jax.data.stream import Pair
-from multitap_jax.demo.checkpoint import model_config, processor_config, train_tokenizer
 from multitap_jax.evaluation.baselines import Checklist, Judge, Question
 from multitap_jax.evaluation.baselines.prompts import CHECK, NUMBER, VERDICT, YES_NO
-from multitap_jax.families import from_config, num_params
-from multitap_jax.files import json_bytes
+from multitap_jax.families import num_params
 from multitap_jax.parallel.host import keep_freed_memory
-from multitap_jax.reward import RewardHead, RewardModel
 from multitap_jax.scoring.artefact import Artefact
 from multitap_jax.weights.hub import save_backbone
 
@@ -69,31 +64,15 @@ def build(folder: Path, size: str) -> tuple[Scorer, Judge, int]:
     hidden, layers, heads, vision, blocks = MODELS[size]
     questions = [question.text for question in Checklist.default().questions]
     corpus = [*WORDS, VERDICT, YES_NO, NUMBER, CHECK, *questions, *["Yes", "No", "yes", "no", *"0123456789"] * 9]
-    tokenizer = train_tokenizer(corpus, 2048)  # whole words, about as published tokenizers have them
-    dim = hidden // heads
-    third = dim // 2 * 3 // 8
-    config = model_config(tokenizer) | {
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": max(heads // 4, 1),
-        "intermediate_size": 3 * hidden,
-        "vocab_size": VOCABULARY,
-        "rope_scaling": {"type": "mrope", "mrope_section": [dim // 2 - 2 * third, third, third]},
-    }
-    config["vision_config"] |= {"embed_dim": vision, "depth": blocks, "hidden_size": hidden}
-    backbone = from_config(config, rngs=nnx.Rngs(0))
+    entries = qwen2_vl(hidden, layers, heads, 3 * hidden, vision, blocks, VOCABULARY) | {"tie_word_embeddings": True}
     base = folder / "base"
-    base.mkdir()
-    save_backbone(backbone, base)
-    tokenizer.save_pretrained(base)
-    (base / "config.json").write_bytes(json_bytes(config))
-    (base / "preprocessor_config.json").write_bytes(json_bytes(processor_config()))
-    model = RewardModel(backbone, RewardHead(hidden, rngs=nnx.Rngs(1)))
+    # A vocabulary of whole words, about as published tokenizers have them.
+    model = make_model(write_base(base, entries, corpus, 2048), "float32")
+    save_backbone(model.backbone, base)
     Artefact.save(folder / "artefact", model, base=base, contract=Contract(image_policy=f"square:{SIDE}"))
     judge = Judge.from_pretrained(folder / "artefact")
     judge.stop = ()  # random weights may end anywhere
-    return Scorer.from_pretrained(folder / "artefact"), judge, num_params(backbone)
+    return Scorer.from_pretrained(folder / "artefact"), judge, num_params(model.backbone)
 
 
 def ways(scorer: Scorer, judge: Judge, pairs: list[Pair], new_tokens: int) -> dict[str, Callable[[], Any]]:
@@ -109,18 +88,6 @@ def ways(scorer: Scorer, judge: Judge, pairs: list[Pair], new_tokens: int) -> di
         "P(yes)": lambda: judge.p_yes(**given),
         "number": lambda: judge.expected_score(**given),
     }
-
-
-def timed(found: dict[str, Callable[[], Any]], repeats: int) -> dict[str, tuple[float, float]]:
-    """Median (CPU, wall) seconds of each way; ways take turns, so that noise of the machine meets all alike."""
-    clocks: dict[str, list[tuple[float, float]]] = {name: [] for name in found}
-    for turn in range(repeats + 1):
-        for name, way in found.items():
-            cpu, wall = time.process_time(), time.perf_counter()
-            way()
-            if turn:  # the first one compiles
-                clocks[name].append((time.process_time() - cpu, time.perf_counter() - wall))
-    return {n: tuple(statistics.median(column) for column in zip(*c, strict=True)) for n, c in clocks.items()}
 
 
 Call = tuple[Any, tuple[Any, ...], dict[str, Any]]  # a compiled function and what it was called with
@@ -151,11 +118,11 @@ def temporaries(found: dict[str, Callable[[], Any]]) -> dict[str, float]:
     return out
 
 
-def report(size: str, case: Case, seconds: dict[str, tuple[float, float]], memory: dict[str, float]) -> None:
+def report(size: str, case: Case, seconds: dict[str, Seconds], memory: dict[str, float]) -> None:
     print(f"\n{size}, {case}")
     base = seconds["forward"]
-    for name, (cpu, wall) in seconds.items():
-        ratio = "" if name == "forward" else f"{cpu / base[0]:7.1f}x CPU {wall / base[1]:7.1f}x wall"
+    for name, (wall, cpu) in seconds.items():
+        ratio = "" if name == "forward" else f"{cpu / base.cpu:7.1f}x CPU {wall / base.wall:7.1f}x wall"
         rise = f"{memory[name]:6.0f} MB" if name in memory else ""
         print(f"  {name:10} {1e3 * cpu / case.pairs:9.1f} ms CPU {1e3 * wall / case.pairs:9.1f} ms {rise:9} {ratio}")
 
@@ -190,7 +157,9 @@ def main() -> None:
                 found.append(ways(scorer, judge, pairs, args.new_tokens))
             memory = [temporaries(found[0])] if size == largest else []
             for case, ways_of, rise in zip(cases, found, memory + [{}] * len(cases), strict=False):
-                seconds = timed(ways_of, args.repeats)
+                for way in ways_of.values():
+                    way()  # compiles
+                seconds = interleaved(ways_of, args.repeats)
                 report(size, case, seconds, rise)
                 sys.stdout.flush()
                 growth.setdefault(size, seconds)
@@ -200,7 +169,7 @@ def main() -> None:
         ("checklist", "checklist", 1),
         ("30 questions", "question", 30),
     ):
-        ratios = {size: times * seconds[name][0] / seconds["forward"][0] for size, seconds in growth.items()}
+        ratios = {size: times * seconds[name].cpu / seconds["forward"].cpu for size, seconds in growth.items()}
         print(f"  {label:12} " + "  ".join(f"{size} {ratio:6.1f}x" for size, ratio in ratios.items()))
 
 

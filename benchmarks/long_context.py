@@ -167,6 +167,7 @@ def plot(found: dict[tuple[str, str, bool], dict[int, float]], path: Path) -> No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu",), default="cpu", help="memory is told on a CPU only")
     parser.add_argument("--lengths", default="8192,16384,32768,65536,131072", help="tokens of a row")
     parser.add_argument("--dense", type=int, default=8192, help="up to which length dense attention is measured, too")
     parser.add_argument("--plot", type=Path, default=Path("long_context.png"), help="where the plot goes")

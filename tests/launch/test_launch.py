@@ -45,10 +45,11 @@ def launch(script: str, *arguments: str, **changes: str) -> subprocess.Completed
 def test_the_scripts_are_sound_shell():
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     assert shellcheck, "shellcheck is missing: pip install -e '.[check]'"
-    found = subprocess.run([shellcheck, *SCRIPTS], capture_output=True, text=True)
+    scripts = [*SCRIPTS, *LAUNCH.parent.glob("benchmarks/*.sh")]
+    found = subprocess.run([shellcheck, *scripts], capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
-    assert len(SCRIPTS) == 3
-    assert all(os.access(path, os.X_OK) for path in SCRIPTS)
+    assert len(scripts) == 4
+    assert all(os.access(path, os.X_OK) for path in scripts)
 
 
 SHOW = 'echo "$MULTITAP_PROCESS_ID of $MULTITAP_NUM_PROCESSES at $MULTITAP_COORDINATOR: $*"'
