@@ -111,22 +111,21 @@ def run_to(
 def ending(
     at: jax.Array, shared: tuple[Any, ...], last: tuple[Any, ...], execution: Execution
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """(bool[] last, x [B, S, H], found [B, K, H], layer, *own) -> x and found: one of them new, by the layer.
+    """(bool[] is_last, x [B, S, H], found [B, K, H], layer, *own) -> x and found: one of them new, by the layer.
 
     One place of a scanned stack can so be two layers, without its weights being cut in two, which would copy them.
     """
-    whole, few = execution, dataclasses.replace(execution, along_context=False)
+    rows, few = execution, dataclasses.replace(execution, along_context=False)
+    # Recomputed inside of a branch, a layer's weights are gathered once for that and for its gradient.
+    of_all = _remat(lambda x, layer, *own: pin(layer(x, *shared, *own), rows), execution)
+    of_few = _remat(lambda x, layer, *own: pin(layer(x, *last, *own, at=at), few), execution)
 
-    def step(is_last: jax.Array, x: jax.Array, found: jax.Array, layer: Any, *own: Any) -> tuple[jax.Array, jax.Array]:
-        x = pin(x, whole)
-        return jax.lax.cond(
-            is_last,
-            lambda: (x, pin(layer(x, *last, *own, at=at), few)),
-            lambda: (pin(layer(x, *shared, *own), whole), found),
-        )
+    def step(is_last: jax.Array, x: jax.Array, found: jax.Array, *layer: Any) -> tuple[jax.Array, jax.Array]:
+        x = pin(x, rows)
+        return jax.lax.cond(is_last, lambda: (x, of_few(x, *layer)), lambda: (of_all(x, *layer), found))
 
-    # Also where everything is saved: what a branch reads is then not saved once more for each layer.
-    return _remat(step, execution, _POLICIES.get(execution.remat, jax.checkpoint_policies.everything_saveable))
+    # And around both, so that what a branch reads is not saved once more for each layer.
+    return _remat(step, execution, jax.checkpoint_policies.everything_saveable)
 
 
 def start(x: jax.Array, at: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -192,12 +191,16 @@ def keep_layers(
 
 def _step(shared: tuple[Any, ...], execution: Execution) -> Callable[..., jax.Array]:
     """(x, layer, *own) -> layer(x, *shared, *own), held to the batch's sharding and rematerialised as asked."""
-    step = lambda x, layer, *own: pin(layer(pin(x, execution), *shared, *own), execution)
-    return step if execution.remat == "none" else _remat(step, execution, _POLICIES[execution.remat])
+    return _remat(lambda x, layer, *own: pin(layer(pin(x, execution), *shared, *own), execution), execution)
 
 
-def _remat(step: Callable[..., Any], execution: Execution, policy: Callable[..., bool]) -> Callable[..., Any]:
-    """`step`, of which the backward pass recomputes what `policy` does not save."""
+def _remat(
+    step: Callable[..., Any], execution: Execution, otherwise: Callable[..., bool] | None = None
+) -> Callable[..., Any]:
+    """`step`, of which the backward pass recomputes what `execution` says, or else what `otherwise` does not save."""
+    policy = _POLICIES.get(execution.remat, otherwise)
+    if policy is None:
+        return step
     # A scan keeps XLA from merging the recomputation with the forward pass; an unrolled loop needs the barrier.
     return jax.checkpoint(step, policy=policy, prevent_cse=execution.layers == "loop")
 
