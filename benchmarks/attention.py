@@ -3,9 +3,9 @@
   python -m benchmarks.attention [--dtype=float32] [--repeats=5] [--length=2048]
 
 Three kinds of rows: `packed` (groups of a prefix of 430 tokens and six texts of 40, as Polaris-like data is packed),
-`one` (a single run, causal), and `vision` (1,600 patches of one picture and padding, each with a head of its own). Printed
-are the forward pass and forward with gradients to queries, keys and values, in seconds: of the wall, and of all cores
-(which is what means something on a shared machine), and the largest difference of outputs and gradients from dense
+`one` (a single run, causal), and `vision` (1,600 patches of one picture and padding, key heads of their own). Printed
+are the forward pass, and forward with gradients to queries, keys and values, in seconds: of the wall, and of all cores
+(which is what means something on a shared machine); and the largest difference of outputs and gradients from dense
 attention in float32, relative to the largest entry. A backend that refuses says why.
 """
 
