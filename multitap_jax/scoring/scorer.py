@@ -59,7 +59,7 @@ class Scorer:
       batch_tokens: about how many tokens a batch holds; bounds device memory.
       max_length: longest pair in tokens, image tokens included.
       truncate: cut the tail of longer texts, where a call does not say otherwise.
-      attention: attention backend, see `backbones/attention.py`.
+      attention: attention backend, see docs/performance.md.
       mesh: devices to spread batches and parameters over (`parallel.mesh.make_mesh`); None is one device.
       workers: threads that decode pictures; None: one for each core, from 4 to 16.
 

@@ -15,8 +15,10 @@ AUTO = "auto"
 BACKENDS = ("dense", "chunked", "blockwise", "cudnn", "splash", "ring")
 # Queries from which "auto" leaves dense attention: below, a loop costs more than the cache saves (measured on a CPU).
 LOOP_FROM = 512
-# Pairs of a row up to which "auto" takes what keeps a whole mask, or scores of a chunk against all keys, in memory.
+# Pairs of a row up to which "auto" takes what keeps a whole mask, or scores of a chunk against all keys, in memory; and
+# up to which it takes what keeps all scores, on accelerators in single precision, which their kernels do not take.
 MASKED_UP_TO = 8192**2
+DENSE_UP_TO = 2048**2
 
 
 class Backend(Protocol):
@@ -66,12 +68,14 @@ def choose(setup: Setup, queries: int, keys: int, *, spread_keys: bool, causal: 
 def _fastest(setup: Setup, queries: int, keys: int, causal: bool) -> str:
     if queries < LOOP_FROM:
         return "dense"
-    short, half = queries * keys <= MASKED_UP_TO, setup.dtype != "float32"
+    pairs = queries * keys
     if setup.platform == "cpu":
-        return "chunked" if short and not causal else "blockwise"
-    if short and half:
-        return "splash" if setup.platform == "tpu" else "cudnn"
-    return "dense" if queries * keys <= LOOP_FROM**2 else "blockwise"
+        return "chunked" if pairs <= MASKED_UP_TO and not causal else "blockwise"
+    if setup.dtype == "float32":
+        return "dense" if pairs <= DENSE_UP_TO else "blockwise"
+    if pairs > MASKED_UP_TO:
+        return "blockwise"
+    return "splash" if setup.platform == "tpu" else "cudnn"
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 The texts of a packed row each end where an answer begins. The row's keys and values are computed once, images and
 prefix included, and are only read from then on; a step adds one token to every text of the row. What a token sees
-follows from the one mask rule (`backbones/attention.py`): a new token belongs to its text's run and has a column of its
+follows from the one mask rule (`backbones/attention/`): a new token belongs to its text's run and has a column of its
 own behind the row. Shapes are fixed, so that a batch shape and a number of tokens compile one program. Letters: see
 `batch.py`; T tokens written at most, V vocabulary.
 

@@ -23,7 +23,7 @@ from multitap_jax.backbones.attention.rule import Setup as Given
 from multitap_jax.config import ConfigError, MeshConfig, ModelConfig
 from multitap_jax.parallel.mesh import make_mesh
 
-LONG, SHORT, ENDLESS = (2048, 2048), (256, 256), (131072, 131072)
+LONG, SHORT, ENDLESS, BETWEEN = (2048, 2048), (256, 256), (131072, 131072), (4096, 4096)
 
 
 class Elsewhere(Given):
@@ -47,10 +47,12 @@ class Elsewhere(Given):
         ("cpu", "float32", ENDLESS, False, "blockwise"),
         ("gpu", "bfloat16", SHORT, True, "dense"),
         ("gpu", "bfloat16", LONG, True, "cudnn"),
-        ("gpu", "float32", LONG, True, "blockwise"),
+        ("gpu", "float32", LONG, True, "dense"),
+        ("gpu", "float32", BETWEEN, True, "blockwise"),
         ("gpu", "bfloat16", ENDLESS, True, "blockwise"),
         ("tpu", "bfloat16", LONG, False, "splash"),
-        ("tpu", "float32", LONG, False, "blockwise"),
+        ("tpu", "float32", LONG, False, "dense"),
+        ("tpu", "float32", BETWEEN, False, "blockwise"),
         ("tpu", "bfloat16", ENDLESS, True, "blockwise"),
     ],
 )
