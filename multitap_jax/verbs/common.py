@@ -64,6 +64,7 @@ def model_flags(values: flags.FlagValues) -> None:
         "int8: rounded weights, about half the memory of bfloat16.",
         flag_values=values,
     )
+    flags.DEFINE_string("attention", "auto", "Backend, of those in docs/performance.md.", flag_values=values)
     whole_number(values, "batch_tokens", 16384, "About how many tokens a batch holds.")
     whole_number(values, "max_length", 2048, "Longest pair in tokens, image tokens included.")
     flags.DEFINE_bool("truncate", False, "Cut the tail of longer texts and say so.", flag_values=values)
@@ -135,6 +136,7 @@ def load_scorer(values: flags.FlagValues) -> Any:
         max_length=values.max_length,
         truncate=values.truncate,
         weights=values.weights,
+        attention=values.attention,
     )
 
 
