@@ -4,13 +4,17 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO   ?= demo_run
 
-.PHONY: demo test test-newest lint install format clean
+.PHONY: demo test test-slow test-newest lint install format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/multitap demo --workdir=$(DEMO)
 
 test: $(VENV)/.installed-test lint
 	$(BIN)/python -m pytest -n 2
+
+# More of what the others test.
+test-slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n 2 -m slow
 
 # The suite on the newest releases of everything, which need a newer Python; without torch, so on the goldens.
 NEWEST ?= python3.13

@@ -59,7 +59,10 @@ def test_memory_grows_with_the_length_and_not_with_its_square(name):
     assert long < 131072**2 / 8  # bytes: an eighth of a mask of all pairs
 
 
-@pytest.mark.parametrize(("name", "apart"), [("llama-3.2", True), ("qwen2-vl", True), ("qwen2-vl", False)])
+@pytest.mark.parametrize(
+    ("name", "apart"),
+    [("llama-3.2", True), pytest.param("qwen2-vl", True, marks=pytest.mark.slow), ("qwen2-vl", False)],
+)
 def test_eight_devices_share_a_row(monkeypatch, name, apart):
     """Stretches of 128 tokens: states and gradients of one device; what is pooled is shared out where it is much."""
     model, batch = make_model(name), long_row(name, 1024)

@@ -54,13 +54,13 @@ def test_all_contradictions_come_at_once():
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize("layers", [[], [1, 5], [0, 1], [1, 4, 6], [4, 1]])
+@pytest.mark.parametrize("layers", [[], [1, 5], [0, 1], [1, 4, 6], [4, 1], [0, 1, 2, 3, 4, 5]])
 def test_cross_layers_must_repeat(layers):
     with pytest.raises(ConfigError, match="cross_attention_layers"):
         config(text_config={"cross_attention_layers": layers})
 
 
-@pytest.mark.parametrize("layers", [[0, 3], [2, 5], [0], [5], [0, 1, 2, 3, 4, 5]])
+@pytest.mark.parametrize("layers", [[0, 3], [2, 5], [0], [5]])
 def test_they_may_stand_anywhere_in_their_group(layers):
     assert config(text_config={"cross_attention_layers": layers}).cross.layers == tuple(layers)
 

@@ -64,6 +64,7 @@ def test_scoring():
     assert all(row["memory"].endswith("MB") for row in rows["ours"])
 
 
+@pytest.mark.slow
 @needs_torch
 def test_training():
     said = run("training", "--pairs=6", "--repeats=1", "--threads=1", "--texts", "3", "--parts", "full", "lora")
@@ -88,6 +89,7 @@ def test_embedding():
     assert [row["GFLOP a pair"] for row in rows["verb"]] == [row["GFLOP a pair"] for row in rows["embed"]]
 
 
+@pytest.mark.slow
 def test_startup():
     rows = cells(run("startup", "--repeats=1", "--images=1"))
     empty, filled = rows["empty"][0], rows["filled"][0]

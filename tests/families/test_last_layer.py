@@ -34,6 +34,9 @@ CASES = {
 }
 
 
+ALIKE = ("qwen2_5_vl", "llava_onevision")  # decoders that others have, too
+
+
 def whole(model, batch):
     """Every layer of every token, then what is pooled."""
     return model.text.pool(model.hidden_states(batch, FLOAT32)[-1], batch)
@@ -41,7 +44,11 @@ def whole(model, batch):
 
 @pytest.mark.parametrize(
     ("name", "execution"),
-    [*((name, {}) for name in CASES), ("qwen2_vl", {"layers": "loop", "remat": "full"}), ("mllama", {"remat": "dots"})],
+    [
+        *(pytest.param(name, {}, marks=[pytest.mark.slow] * (name in ALIKE)) for name in CASES),
+        ("qwen2_vl", {"layers": "loop", "remat": "full"}),
+        ("mllama", {"remat": "dots"}),
+    ],
     ids=str,
 )
 def test_what_is_pooled_is_that_of_the_whole_layer(tmp_path, name, execution):

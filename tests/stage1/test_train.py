@@ -261,7 +261,7 @@ def test_the_time_that_the_loop_waits_for_data_is_told():
     for _ in range(2):
         pass_time(1, recorder.waiting())
         pass_time(3, contextlib.nullcontext())
-        recorder.add(0, zero, np.zeros(0, np.int32), Work(1, 1, 0, 0, 1))
+        recorder.add(0, zero, np.zeros(0, np.int32), Work(1, 1, 0, 0, 1, pooled=1, pooled_pairs=1))
     line = recorder.line()
     assert (line["seconds_per_step"], line["data_wait"]) == (4, 0.25)
 
