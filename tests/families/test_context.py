@@ -7,9 +7,11 @@ from tests.families import mllama, qwen2_vl
 from tests.families.checks import check_mesh
 from tests.families.qwen_checks import PAIRS
 
+# No sharded weights beside: XLA's CPU runtime (jaxlib 0.10.2) gathers them in no fixed order beside the ring, and hangs
+# now and then (docs/performance.md).
 CASES = {
-    "qwen2_vl": (qwen2_vl, PAIRS, MeshConfig(data=2, tensor=2, context=2)),
-    "mllama": (mllama, mllama.PAIRS, MeshConfig(data=1, fsdp=2, context=4)),
+    "qwen2_vl": (qwen2_vl, PAIRS, MeshConfig(data=4, context=2)),
+    "mllama": (mllama, mllama.PAIRS, MeshConfig(data=2, context=4)),
 }
 
 
