@@ -60,13 +60,14 @@ def draw(axes: Any, points: list[Point], seconds: list[Seconds], roof: float, la
     """Pairs a second on the left, the share of a product's rate on the right."""
     values = [p.value for p in points]
     axes.plot(values, [len(p.pairs) / s.wall for p, s in zip(points, seconds, strict=True)], "o-", label="pairs/s")
-    axes.set(xscale="log", yscale="log", xlabel=label, ylabel="pairs/s", xticks=values, xticklabels=values)
+    axes.set(xscale="log", xlabel=label, ylabel="pairs/s", xticks=values, xticklabels=values)
+    axes.set_ylim(bottom=0)
     axes.minorticks_off()
     right = axes.twinx()
     shares = [p.asked.flops / s.wall / roof for p, s in zip(points, seconds, strict=True)]
     right.plot(values, shares, "s--", color="tab:orange", label="of products")
     right.set(ylim=(0, 1), ylabel="FLOP/s, share of a product's")
-    axes.legend(handles=axes.lines + right.lines, loc="lower left")
+    axes.legend(handles=axes.lines + right.lines, loc="lower center")
 
 
 def main() -> None:
