@@ -184,6 +184,11 @@ def _steps(
 
 def _check(config: TrainConfig, mesh: Mesh, eval_dataset: Dataset | None) -> None:
     wrong = []
+    if mesh.shape["context"] > 1 and mesh.shape["fsdp"] > 1 and mesh.devices.flat[0].platform == "cpu":
+        wrong.append(
+            "config.mesh.fsdp > 1 beside config.mesh.context > 1: CPU devices may wait for each other for ever "
+            "(docs/performance.md); use data beside it"
+        )
     if config.checkpoint.keep_best and eval_dataset is None:
         wrong.append("config.checkpoint.keep_best needs held-out pairs: set data.holdout or data.evaluation")
     kinds = [memory.kind for memory in mesh.local_devices[0].addressable_memories()]

@@ -235,6 +235,9 @@ def test_lora_learns_with_the_backbone_frozen_and_refuses_another_backbone(tmp_p
 
 
 def test_settings_that_cannot_be_used_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="wait for each other for ever"):
+        mesh = MeshConfig(data=2, fsdp=2, context=2)
+        train(dataclasses.replace(CONFIG, mesh=mesh), tmp_path, toy_model(), ToyDataset())
     with pytest.raises(ConfigError, match="the model has no adapters"):
         train(dataclasses.replace(CONFIG, trainable=TrainableConfig(parts="lora")), tmp_path, toy_model(), ToyDataset())
 
