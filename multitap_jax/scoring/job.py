@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import json
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import islice
@@ -34,6 +33,7 @@ from multitap_jax.scoring.journal import JobError, Journal, input_fingerprint, s
 from multitap_jax.scoring.occupancy import Occupancy
 from multitap_jax.scoring.parts import Block, Parts, Work
 from multitap_jax.scoring.progress import progress_bar
+from multitap_jax.scoring.readahead import with_results
 
 if TYPE_CHECKING:
     from multitap_jax.scoring.results import Scores
@@ -246,15 +246,9 @@ def _score_blocks(
     scorer: SupportsScore, truncate: bool, occupancy: Occupancy, blocks: Iterable[Block[Record | Rejected]]
 ) -> Iterator[list[dict[str, Any]]]:
     """The output lines of each block, one per item; what the reader rejected is not shown to the scorer."""
-    asked: deque[Block[Record | Rejected]] = deque()
-
-    def lists() -> Iterator[list[Pair]]:
-        for block in blocks:
-            asked.append(block)
-            yield [Pair(item.images, item.text, item.request) for item in block.items if isinstance(item, Record)]
-
-    for scores in scorer.score_stream(lists(), truncate=truncate, occupancy=occupancy):
-        items = asked.popleft().items
+    pairs = lambda block: [Pair(r.images, r.text, r.request) for r in block.items if isinstance(r, Record)]
+    score = lambda asked: scorer.score_stream(map(pairs, asked), truncate=truncate, occupancy=occupancy)
+    for (_, items), scores in with_results(blocks, score):
         records = [item for item in items if isinstance(item, Record)]
         scored = (_scored_line(record.id, scores, index) for index, record in enumerate(records))
         yield [next(scored) if isinstance(item, Record) else _rejected_line(item) for item in items]

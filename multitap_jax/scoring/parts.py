@@ -18,6 +18,7 @@ import jax
 from multitap_jax.files import write_atomic
 from multitap_jax.parallel import watchdog
 from multitap_jax.parallel.distributed import agree, from_main, is_main_process, wait_until
+from multitap_jax.scoring.readahead import with_results
 
 AHEAD = 64  # blocks that process 0 may be ahead of the others: it remembers their records
 Item = TypeVar("Item")
@@ -114,18 +115,15 @@ class Parts(Generic[Item]):
         see: Callable[[Block[Item]], None] = lambda block: None,
     ) -> Iterator[None]:
         """Does this process's share, a block a turn; `see` is told of every block of the input."""
-        asked: deque[Block[Item]] = deque()
 
         def share() -> Iterator[Block[Item]]:
             for block in blocks(items, self._size, start):
                 mine = self._mine(block) and not self._has(block, whole)  # before `see`, after which it may be taken
                 see(block)
                 if mine:
-                    asked.append(block)
                     yield block
 
-        for result in work(share()):  # in a job that computes, share() is asked by another thread
-            block = asked.popleft()
+        for block, result in with_results(share(), work):  # where work computes, another thread asks share()
             watchdog.beat(f"record {block.first + len(block.items)}")
             if self._count == 1:
                 self._held[block.first] = result

@@ -1,11 +1,13 @@
-"""A thread that works ahead of its consumer."""
+"""Work ahead of its consumer: a thread that does, and results that find the items they are of."""
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 PATIENCE = 1.0  # seconds that an abandoned thread is waited for
 
 
@@ -45,3 +47,18 @@ def read_ahead(items: Iterator[Item], depth: int = 4) -> Iterator[Item]:
     finally:
         stopped.set()
         thread.join(PATIENCE)  # not for ever: it may be waiting for an item that never comes
+
+
+def with_results(
+    items: Iterable[Item], work: Callable[[Iterator[Item]], Iterable[Result]]
+) -> Iterator[tuple[Item, Result]]:
+    """Each item with its result; `work` gives one for each, in order, and may ask for items before it does."""
+    asked: deque[Item] = deque()
+
+    def ask() -> Iterator[Item]:
+        for item in items:
+            asked.append(item)
+            yield item
+
+    for result in work(ask()):
+        yield asked.popleft(), result

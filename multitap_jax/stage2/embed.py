@@ -3,7 +3,6 @@
 import functools
 import json
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -32,6 +31,7 @@ from multitap_jax.scoring.journal import input_fingerprint
 from multitap_jax.scoring.occupancy import Occupancy
 from multitap_jax.scoring.parts import Block, Parts, Work
 from multitap_jax.scoring.progress import progress_bar
+from multitap_jax.scoring.readahead import with_results
 from multitap_jax.scoring.scorer import Scorer
 from multitap_jax.stage2.store import SEEN, EmbeddingStore
 from multitap_jax.stage2.store_writer import EmbeddingWriter
@@ -153,15 +153,9 @@ def embed_stream(
 
     `linked` comes from `link_records`; `lists` and `occupancy` are as in `Scorer.embed_stream`.
     """
-    asked: deque[Sequence[Record | Rejected]] = deque()
-
-    def pairs() -> Iterator[list[Pair]]:
-        for items in lists:
-            asked.append(items)
-            yield [Pair(item.images, item.text, item.request) for item in items if isinstance(item, Record)]
-
-    for found in scorer.embed_stream(pairs(), occupancy=occupancy):
-        items = asked.popleft()
+    pairs = lambda items: [Pair(r.images, r.text, r.request) for r in items if isinstance(r, Record)]
+    embed = lambda asked: scorer.embed_stream(map(pairs, asked), occupancy=occupancy)
+    for items, found in with_results(lists, embed):
         records = [item for item in items if isinstance(item, Record)]
         rejected = [item for item in items if isinstance(item, Rejected)]
         good = [i for i, error in enumerate(found.errors) if error is None]
@@ -299,15 +293,11 @@ class _Job:
         self.parts.folder.mkdir(exist_ok=True)
 
         def work(blocks: Iterable[Block[Record | Rejected]]) -> Iterator[dict[str, Any]]:
-            asked: deque[Block[Record | Rejected]] = deque()
-
-            def lists() -> Iterator[list[Record | Rejected]]:
-                for block in blocks:
-                    asked.append(block)
-                    yield block.items
-
-            for part in embed_stream(self.scorer, lists(), self.objectives, linked, self.occupancy):
-                path = str(self._shard(asked.popleft()).relative_to(self.folder))
+            embed = lambda asked: embed_stream(
+                self.scorer, (block.items for block in asked), self.objectives, linked, self.occupancy
+            )
+            for block, part in with_results(blocks, embed):
+                path = str(self._shard(block).relative_to(self.folder))
                 shard = writer.write_apart(path, part.ids, part.embeddings, part.labels, part.groups)
                 yield {"shard": shard, "rejected": [asdict(item) for item in part.rejected]}
 
