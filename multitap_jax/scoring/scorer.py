@@ -35,7 +35,7 @@ from multitap_jax.scoring.occupancy import Occupancy
 from multitap_jax.scoring.pairs import Source, make_pairs
 from multitap_jax.scoring.progress import progress_bar
 from multitap_jax.scoring.quantize import WEIGHTS, quantize
-from multitap_jax.scoring.readahead import read_ahead
+from multitap_jax.scoring.readahead import read_ahead, with_results
 from multitap_jax.scoring.results import Embeddings, Ranking, Results, Scores
 from multitap_jax.stage1.step import forward as run_cells
 from multitap_jax.stage1.step import join_cells, split_cells
@@ -292,17 +292,16 @@ class Scorer:
     ) -> Iterator[tuple[Results, PackedBatch | None, np.ndarray | None]]:
         """Packed batches with the index int32[B, K] of the pair behind each of their texts, -1 for none; two Nones
         after the last batch of a list."""
-        places: deque[tuple[Results, int, bool]] = deque()
+        truncate = self.truncate if truncate is None else truncate
 
-        def windows() -> Iterator[Sequence[Pair]]:
+        def windows() -> Iterator[tuple[Results, int, bool, Sequence[Pair]]]:
             for pairs in lists:
                 results = Results.empty(len(pairs), len(self.names), self.artefact.hidden_size if embeddings else 0)
                 for start in range(0, max(len(pairs), 1), window):
-                    places.append((results, start, start + window >= len(pairs)))
-                    yield pairs[start : start + window]
+                    yield results, start, start + window >= len(pairs), pairs[start : start + window]
 
-        for found in self._packer.windows(windows(), truncate=self.truncate if truncate is None else truncate):
-            results, start, last = places.popleft()
+        pack = lambda asked: self._packer.windows((pairs for *_, pairs in asked), truncate=truncate)
+        for (results, start, last, _), found in with_results(windows(), pack):
             results.note(start, found)
             for batch in found.batches:
                 yield results, batch, np.where(batch.record >= 0, batch.record + start, -1)
