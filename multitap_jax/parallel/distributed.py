@@ -26,6 +26,7 @@ TIMEOUT = 300  # seconds in which all processes of a run have to come
 HEARTBEAT = 100  # seconds without a sign of life after which a process counts as dead, and the run as over
 LOST = 76  # exit code (EX_PROTOCOL of sysexits.h) of a process that had to end because another did
 _OF_ANOTHER = re.compile(r"Gloo|NCCL|RCCL|(closed|reset) by peer|coordination ?service|heartbeat", re.IGNORECASE)
+_STATUS = re.compile(r"[A-Z_]+: ")  # with which XLA's errors begin (absl/status): UNKNOWN, INTERNAL, UNAVAILABLE, ...
 _MARGIN = 60  # by which JAX waits longer than we do: it aborts without a word on what to check
 
 
@@ -177,10 +178,13 @@ def leave(code: int, error: BaseException | None = None, explained: bool = True)
 def _echo_of_another(error: BaseException | None) -> BaseException | None:
     """The error, or one that it arose from, by which JAX or we tell that another process ended; None without one.
 
-    What ends a process may be the second error: saving what it has fails too when the others are gone.
+    What ends a process may be the second error: saving what it has fails too when the others are gone. Where a program
+    failed already while it was being started, jaxlib gives XLA's status as a ValueError.
     """
     while error is not None:
-        of_jax = isinstance(error, jax.errors.JaxRuntimeError)
+        of_jax = isinstance(error, jax.errors.JaxRuntimeError) or (
+            isinstance(error, ValueError) and _STATUS.match(str(error))
+        )
         if isinstance(error, OtherProcessError) or (of_jax and _OF_ANOTHER.search(str(error))):
             return error
         error = error.__cause__ or error.__context__

@@ -138,3 +138,26 @@ def test_what_processes_differ_in_is_named_and_what_they_lost_is_added_up(folder
         assert "do not agree on\n  config.batch_size: process 0 has 8, process 1 has 9\n" in group.log(index)
     names = [(folder / name).read_text().count("gone") for name in ("rejected.jsonl", "rejected-1.jsonl")]
     assert names == [2, 2]
+
+
+ASKING = """
+import os
+import signal
+import jax
+from multitap_jax.parallel.distributed import from_main, initialize, leave
+
+initialize(heartbeat=10)
+try:
+    for step in range(1000):
+        if step == 50 and jax.process_index() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        from_main(step)
+except Exception as error:
+    leave(1, error)
+"""
+
+
+def test_a_process_that_asks_one_that_died_knows_that_it_was_not_its_own_fault(folder):
+    group = start([sys.executable, "-c", ASKING], 2, folder / "asking")
+    assert group.wait(120) == [LOST, -signal.SIGKILL], group.log(0)
+    assert "process 0 of 2 lost another process" in group.log(0)
