@@ -17,6 +17,8 @@ from rich.table import Table
 
 from multitap_jax.parallel.host import keep_freed_memory
 
+keep_freed_memory()  # as the program does; here, since what is imported next (flax) starts threads. torch profits alike
+
 
 class Devices(NamedTuple):
     """Where both sides compute: what the user asked for, jax's device, and torch's, None where torch cannot go."""
@@ -37,12 +39,11 @@ def add_flags(parser: argparse.ArgumentParser, *, repeats: int) -> None:
 
 
 def start(args: argparse.Namespace) -> Devices:
-    """Prepares this process: device, allocator, torch's threads; says what is measured on what.
+    """Prepares this process: device, torch's threads; says what is measured on what.
 
     Raises:
       SystemExit: there is no such device.
     """
-    keep_freed_memory()  # as the program does; torch's arrays profit alike
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch has a share of the device, too
     jax.config.update("jax_platforms", "cpu" if args.device == "cpu" else "cuda,cpu")
     device = jax.devices()[0]

@@ -38,7 +38,6 @@ from multitap_jax.data.stream import Pair
 from multitap_jax.evaluation.baselines import Checklist, Judge, Question
 from multitap_jax.evaluation.baselines.prompts import CHECK, NUMBER, VERDICT, YES_NO
 from multitap_jax.families import num_params
-from multitap_jax.parallel.host import keep_freed_memory
 from multitap_jax.scoring.artefact import Artefact
 from multitap_jax.weights.hub import save_backbone
 
@@ -135,7 +134,6 @@ def main() -> None:
     parser.add_argument("--vary", default="texts,words,single,many", help="of the last size; empty: nothing")
     parser.add_argument("--new-tokens", type=int, default=64, help="length of a verdict")
     args = parser.parse_args()
-    keep_freed_memory()  # as the program does
     sizes, largest = args.models.split(","), args.models.split(",")[-1]
     plain = Case(pairs=args.pairs)
     varied = {

@@ -45,11 +45,13 @@ def child(began: float, arguments: list[str]) -> dict[str, float]:
         marks.append((name, now - last))
         last = now
 
+    from multitap_jax.parallel.host import keep_freed_memory
+
+    keep_freed_memory()
     import jax
     from transformers import AutoTokenizer  # noqa: F401
 
     from multitap_jax import cli
-    from multitap_jax.parallel.host import keep_freed_memory
     from multitap_jax.scoring.job import score_file
     from multitap_jax.verbs.common import load_scorer
 
@@ -60,7 +62,6 @@ def child(began: float, arguments: list[str]) -> dict[str, float]:
     )
     jax.monitoring.register_event_listener(lambda name, **_: found.append(name) if name == FOUND else None)
     values = cli.parse("score", arguments)
-    keep_freed_memory()
     jax.devices()
     mark("imports")
     scorer = load_scorer(values)

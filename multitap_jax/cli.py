@@ -146,11 +146,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"; did you mean {near[0]}?" if near else "."
         say_last(f"multitap: there is no verb {argv[0]!r}{hint} The verbs: {', '.join(VERBS)}")
         return 2
+    keep_freed_memory()
     values = parse(argv[0], argv[1:])
     # Absent settings must not reach out to a model hub; a user who wants that says so by name.
     if not _asks_for_hub(values):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    keep_freed_memory()
     return _run(argv[0], values)
 
 

@@ -25,8 +25,28 @@ for size in (1 << 20, 256 << 20, 3 << 30):  # never touched, so none of it is me
 """
 
 
+POOLS = """
+import sys
+from multitap_jax import cli
+
+asked = []
+cli.keep_freed_memory = lambda: asked.append(not {"jax", "numpy", "flax"} & set(sys.modules))
+try:
+    cli.main(["train", "--config=no/such.py"])
+except SystemExit:
+    pass
+print(*asked)
+"""
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
 def test_freed_memory_stays_with_the_process_however_large():
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", KEEP], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.split() == ["True"] * 3
+
+
+def test_the_program_prepares_memory_before_libraries_start_threads():
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", POOLS], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.split() == ["True"]
