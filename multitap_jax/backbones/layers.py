@@ -62,13 +62,13 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in] -> [..., out] in the type of `x`."""
-        y = _matmul(x, self.kernel[...].astype(x.dtype))
+        y = _matmul(x, self.kernel[...])
         if self.kernel_scale is not None:
             y = y * _spread(self.kernel_scale[...].astype(x.dtype), y.ndim)
         if self.bias is not None:
             y = y + _spread(self.bias[...].astype(x.dtype), y.ndim)
         if self.lora_a is not None and self.lora_b is not None:
-            low = _matmul(_matmul(x, self.lora_a[...].astype(x.dtype)), self.lora_b[...].astype(x.dtype))
+            low = _matmul(_matmul(x, self.lora_a[...]), self.lora_b[...])
             y = y + low * jnp.asarray(self.lora_scale, x.dtype)
         return y
 
@@ -185,33 +185,8 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return jnp.einsum("...i,io->...o", x, kernel, precision=matmul_precision(x.dtype))
-
-
-@jax.custom_vjp
 def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """[..., out] from [..., in] and [in, out] of one type.
-
-    Derived by JAX, the kernel's gradient is a product of which XLA for CPUs transposes the wider operand, and computes
-    it anew to do so: the gradient of an MLP then takes up to twice as long.
-    """
-    return _product(x, kernel)
-
-
-def _matmul_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _product(x, kernel), (x, kernel)  # not `_matmul`, inside of which policies of rematerialisation cannot see
-
-
-def _matmul_backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, kernel = saved
-    rows = tuple(range(x.ndim - 1))
-    over_rows = lambda a, b: jax.lax.dot_general(a, b, ((rows, rows), ((), ())), precision=matmul_precision(x.dtype))
-    narrow_first = x.shape[-1] <= dy.shape[-1]  # the first operand is the one that XLA for CPUs transposes
-    return _product(dy, kernel.T), over_rows(x, dy) if narrow_first else over_rows(dy, x).T
-
-
-_matmul.defvjp(_matmul_forward, _matmul_backward)
+    return jnp.einsum("...i,io->...o", x, kernel.astype(x.dtype), precision=matmul_precision(x.dtype))
 
 
 def _spread(vector: jax.Array, ndim: int) -> jax.Array:
