@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=2000, help="records at most")
     args = parser.parse_args()
     records = load_records(args.input).records[: args.limit]
-    pairs = [Pair(record.images, record.text, record.request) for record in records]
+    pairs = [Pair.of(record) for record in records]
     human = np.array([np.nan if record.score is None else record.score for record in records])
     rated, exact = np.isfinite(human), None
     print(f"{len(records):,} records, {rated.sum():,} with a human score")

@@ -20,6 +20,7 @@ from multitap_jax.data.layouts import Grid, Vision
 from multitap_jax.data.packing import Example, group_examples, pack
 from multitap_jax.data.placement import Group, need, place
 from multitap_jax.data.prompts import Encoded, PromptError, SupportsEncode
+from multitap_jax.data.records import Record
 from multitap_jax.data.shapes import ShapeBook, choose_row_length, images_per_row, texts_per_row, vision_length
 
 
@@ -29,6 +30,11 @@ class Pair(NamedTuple):
     images: tuple[Any, ...]
     text: str
     request: str | None = None
+
+    @classmethod
+    def of(cls, record: Record) -> "Pair":
+        """What a record asks to be scored."""
+        return cls(record.images, record.text, record.request)
 
 
 @dataclass

@@ -246,7 +246,7 @@ def _score_blocks(
     scorer: SupportsScore, truncate: bool, occupancy: Occupancy, blocks: Iterable[Block[Record | Rejected]]
 ) -> Iterator[list[dict[str, Any]]]:
     """The output lines of each block, one per item; what the reader rejected is not shown to the scorer."""
-    pairs = lambda block: [Pair(r.images, r.text, r.request) for r in block.items if isinstance(r, Record)]
+    pairs = lambda block: [Pair.of(item) for item in block.items if isinstance(item, Record)]
     score = lambda asked: scorer.score_stream(map(pairs, asked), truncate=truncate, occupancy=occupancy)
     for (_, items), scores in with_results(blocks, score):
         records = [item for item in items if isinstance(item, Record)]

@@ -153,7 +153,7 @@ def embed_stream(
 
     `linked` comes from `link_records`; `lists` and `occupancy` are as in `Scorer.embed_stream`.
     """
-    pairs = lambda items: [Pair(r.images, r.text, r.request) for r in items if isinstance(r, Record)]
+    pairs = lambda items: [Pair.of(item) for item in items if isinstance(item, Record)]
     embed = lambda asked: scorer.embed_stream(map(pairs, asked), occupancy=occupancy)
     for items, found in with_results(lists, embed):
         records = [item for item in items if isinstance(item, Record)]

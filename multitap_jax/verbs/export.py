@@ -72,7 +72,7 @@ def _write(values: flags.FlagValues) -> None:
     exports.export_stablehlo(
         values.checkpoint,
         values.output,
-        [Pair(tuple(record.images), record.text, record.request) for record in records],
+        [Pair.of(record) for record in records],
         dtype=values.dtype,
         batch_tokens=values.batch_tokens,
         platforms=values.platforms,

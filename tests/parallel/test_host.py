@@ -39,14 +39,17 @@ print(*asked)
 """
 
 
+def printed(script: str) -> list[str]:
+    """The words that a fresh process prints."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
+    return done.stdout.split()
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
 def test_freed_memory_stays_with_the_process_however_large():
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", KEEP], capture_output=True, text=True, env=environment, check=True)
-    assert done.stdout.split() == ["True"] * 3
+    assert printed(KEEP) == ["True"] * 3
 
 
 def test_the_program_prepares_memory_before_libraries_start_threads():
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", POOLS], capture_output=True, text=True, env=environment, check=True)
-    assert done.stdout.split() == ["True"]
+    assert printed(POOLS) == ["True"]
